@@ -1,0 +1,7 @@
+"""`python -m moeprune`."""
+
+import sys
+
+from moeprune.cli import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""Load balancing: the contract of balancing terms, and load metrics."""

@@ -1,0 +1,203 @@
+"""Two forms of a trained model, one reader.
+
+    file     a Lightning checkpoint (.ckpt): weights, optimizer, loops, callbacks, and a `moeprune` entry
+    folder   an export: model.safetensors, config.json (num_experts_per_layer, expert_ids), plans.json, tokenizer.json
+
+Both hold the original ids of the experts of every layer and the history of prunes, so that a freshly built model takes
+the pruned shapes before weights are loaded. Nothing is unpickled from a file: `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moeprune.errors import UserError
+from moeprune.files import new_folder, read_json, write_text
+from moeprune.model.config import MoEConfig
+from moeprune.model.transformer import MoETransformer
+from moeprune.pruning.plan import PrunePlan
+
+FORMAT = "moeprune.checkpoint/1"
+ENTRY = "moeprune"  # key of our part of a Lightning checkpoint
+PREFIX = "model."  # of the model's weights in a Lightning checkpoint
+
+
+@dataclass
+class Checkpoint:
+    """A model on disk.
+
+    Args:
+        config: sizes before any pruning.
+        expert_ids: per layer the original ids of its experts, in order of position.
+        state: the model's weights.
+        plans: prunes so far, oldest first.
+        tokenizer: JSON of the `tokenizers` library; "" if unknown.
+        data: what the model was trained on.
+        step: optimizer steps done.
+    """
+
+    config: MoEConfig
+    expert_ids: list[list[int]]
+    state: dict[str, Tensor]
+    plans: list[PrunePlan] = field(default_factory=list)
+    tokenizer: str = ""
+    data: dict[str, Any] = field(default_factory=dict)
+    step: int = 0
+
+    def model(self) -> MoETransformer:
+        """The model, in evaluation mode, on the CPU.
+
+        Raises:
+            UserError: weights that do not fit the configuration.
+        """
+        model = MoETransformer(self.config, [len(ids) for ids in self.expert_ids])
+        try:
+            model.load_state_dict(self.state)
+        except RuntimeError as error:
+            raise UserError(f"the checkpoint's weights do not fit its own configuration: {_first_line(error)}") from error
+        return model.eval()
+
+    def entry(self) -> dict[str, Any]:
+        """Everything but the weights, as plain data."""
+        return {
+            "format": FORMAT,
+            "config": self.config.to_dict(),
+            "expert_ids": self.expert_ids,
+            "num_experts_per_layer": [len(ids) for ids in self.expert_ids],
+            "plans": [plan.to_dict() for plan in self.plans],
+            "tokenizer": self.tokenizer,
+            "data": self.data,
+            "step": self.step,
+        }
+
+    @classmethod
+    def from_entry(cls, entry: Mapping[str, Any], state: dict[str, Tensor], where: str) -> Checkpoint:
+        """The inverse of `entry`.
+
+        Raises:
+            UserError: another format, or a field that is missing or garbled.
+        """
+        if not isinstance(entry, Mapping) or entry.get("format") != FORMAT:
+            found = entry.get("format") if isinstance(entry, Mapping) else None
+            raise UserError(f"{where} is no moeprune checkpoint of format {FORMAT!r} (found {found!r})")
+        try:
+            return cls(
+                MoEConfig.from_dict(entry["config"]),
+                [list(map(int, ids)) for ids in entry["expert_ids"]],
+                state,
+                [PrunePlan.from_dict(plan) for plan in entry["plans"]],
+                entry["tokenizer"],
+                entry["data"],
+                entry["step"],
+            )
+        except (KeyError, TypeError) as error:
+            raise UserError(f"the checkpoint {where} lacks or garbles a field: {error}") from error
+
+
+def read(path: str | Path) -> Checkpoint:
+    """Read a Lightning checkpoint or an exported folder.
+
+    Raises:
+        UserError: no such file, a corrupt one, or one that is not moeprune's.
+    """
+    path = Path(path)
+    if path.is_dir():
+        entry = read_json(path / "config.json", "model configuration")
+        plans, tokenizer = path / "plans.json", path / "tokenizer.json"
+        if isinstance(entry, dict):
+            entry["plans"] = read_json(plans, "plan history") if plans.exists() else []
+            entry["tokenizer"] = tokenizer.read_text(encoding="utf-8") if tokenizer.exists() else ""
+        try:
+            state = load_file(path / "model.safetensors")
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot read the weights {path / 'model.safetensors'}: {_first_line(error)}") from error
+        return Checkpoint.from_entry(entry, state, str(path))
+    data = read_lightning(path)
+    state = {key[len(PREFIX) :]: value for key, value in data["state_dict"].items() if key.startswith(PREFIX)}
+    return Checkpoint.from_entry(data.get(ENTRY, {}), state, str(path))
+
+
+def read_lightning(path: str | Path) -> dict[str, Any]:
+    """A Lightning checkpoint file as it is, without unpickling anything but tensors and plain data.
+
+    Raises:
+        UserError: no such file, or a corrupt one.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"there is no checkpoint at {path}; check the path")
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} is not a readable checkpoint ({_first_line(error)}); it may be cut short") from error
+    if not isinstance(data, dict) or "state_dict" not in data:
+        raise UserError(f"{path} is no Lightning checkpoint: it holds no state_dict")
+    return data
+
+
+def load(path: str | Path) -> MoETransformer:
+    """The model of a checkpoint file or exported folder, ready for `model(tokens)`: evaluation mode, on the CPU.
+
+    Raises:
+        UserError: see `read`.
+    """
+    return read(path).model()
+
+
+def export(checkpoint: Checkpoint, path: str | Path, overwrite: bool = False) -> None:
+    """Write a folder: complete, or not there.
+
+    Raises:
+        UserError: the folder exists and is not empty, or cannot be written.
+    """
+    path = new_folder(path, overwrite)
+    entry = checkpoint.entry()
+    plans, tokenizer = entry.pop("plans"), entry.pop("tokenizer")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as name:
+            made = Path(name) / "export"
+            made.mkdir()
+            save_file({k: v.contiguous() for k, v in checkpoint.state.items()}, made / "model.safetensors")
+            write_text(made / "config.json", json.dumps(entry, indent=1) + "\n")
+            write_text(made / "plans.json", json.dumps(plans, indent=1) + "\n")
+            if tokenizer:
+                write_text(made / "tokenizer.json", tokenizer)
+            if path.exists():
+                shutil.rmtree(path)
+            made.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {path}: {_first_line(error)}; free space or choose another --output") from error
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """sha256 over names, shapes, types and bytes of the weights, hex."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        value = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def differing_fields(a: MoEConfig, b: MoEConfig) -> list[str]:
+    """Names of the configuration fields that change the weights' meaning and differ."""
+    x, y = a.to_dict(), b.to_dict()
+    return [name for name in x if name != "embedding_std" and x[name] != y[name]]
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[1] if len(lines) > 1 and lines[0].endswith(":") else (lines or [type(error).__name__])[0]

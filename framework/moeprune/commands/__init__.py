@@ -1,0 +1,1 @@
+"""The subcommands of `moeprune`, one module each; imported only when called."""

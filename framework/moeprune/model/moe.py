@@ -1,0 +1,67 @@
+"""The MoE layer: a router and its experts, with the layout of the experts as data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from moeprune.model.config import MoEConfig
+from moeprune.model.experts import Experts
+from moeprune.model.router import Router, Routing
+from moeprune.registry import create
+
+
+class MoELayer(nn.Module):
+    """Routes every token to K of the layer's experts and adds up their outputs.
+
+    `expert_ids` holds the original id of the expert at each position; pruning shortens it.
+
+    Args:
+        config: sizes and router.
+        n_experts: experts this layer has.
+    """
+
+    expert_ids: Tensor
+
+    def __init__(self, config: MoEConfig, n_experts: int) -> None:
+        super().__init__()
+        self.n_original = config.n_experts
+        self.router: Router = create(
+            "router",
+            config.router,
+            d_model=config.d_model,
+            n_experts=n_experts,
+            top_k=config.top_k,
+            **config.router_options,
+        )
+        self.experts = Experts(n_experts, config.d_model, config.d_expert, 0.02 / (2 * config.n_layers) ** 0.5)
+        self.register_buffer("expert_ids", torch.arange(n_experts))
+
+    @property
+    def n_experts(self) -> int:
+        """Experts the layer has now."""
+        return len(self.expert_ids)
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Original ids, in order of position."""
+        return tuple(self.expert_ids.tolist())
+
+    def expert_tensors(self) -> Iterator[tuple[nn.Module, str, int]]:
+        """(owner, name, dimension) of every tensor with one entry per expert: what surgery cuts."""
+        yield self, "expert_ids", 0
+        for owner in (self.router, self.experts):
+            for name, dim in owner.expert_dims.items():
+                yield owner, name, dim
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """Combined output [T, D] of the chosen experts, and where the tokens went.
+
+        Args:
+            x: [T, D].
+            mask: [T] bool, False for padding.
+        """
+        routing = self.router(x, mask)
+        return self.experts(x, routing.indices, routing.weights), routing

@@ -1,0 +1,57 @@
+"""When to prune during training: the contract. A trigger is a pure function of the run's progress, so that a resumed run
+decides as the one that never stopped."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeprune.pruning.pruner import _Described
+
+
+@dataclass(frozen=True)
+class LoadWindow:
+    """Loads over some consecutive steps: [E] int64 per layer, summed over all ranks.
+
+    Args:
+        first: optimizer steps done before the window.
+        last: optimizer steps done at its end.
+        loads: tokens routed to each expert, one array per layer.
+    """
+
+    first: int
+    last: int
+    loads: Sequence[NDArray[np.int64]]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is.
+
+    Args:
+        step: optimizer steps done.
+        max_steps: optimizer steps of the whole run; -1 if unbounded.
+        warmup_steps: steps of learning-rate warm-up.
+        tokens: tokens seen, over all ranks.
+        windows: complete load windows since the last prune, oldest first.
+        prunes: prunes done.
+    """
+
+    step: int
+    max_steps: int
+    warmup_steps: int
+    tokens: int
+    windows: Sequence[LoadWindow]
+    prunes: int
+
+
+class Trigger(_Described, ABC):
+    """Asked after every load window, and after every step in between."""
+
+    @abstractmethod
+    def fires(self, progress: Progress) -> str | None:
+        """None, or the reason to prune now, in a few words for the log."""

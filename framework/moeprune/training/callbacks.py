@@ -1,0 +1,144 @@
+"""Callbacks that every run has: a durable record of its steps, the random state in checkpoints, the last checkpoint."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Checkpoint
+
+from moeprune.errors import UserError
+from moeprune.files import JsonLines
+from moeprune.training.expert_pruning import run_folder
+
+
+class RunRecorder(pl.Callback):
+    """Writes `history.jsonl` into the run's folder: loss, learning rate and seconds of every optimizer step.
+
+    Rows up to a checkpoint are on disk before it; a resumed run drops later rows and goes on, so each step is there once.
+    """
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+        """Open the file."""
+        if trainer.is_global_zero:
+            self._file = JsonLines(run_folder(trainer) / "history.jsonl", trainer.global_step)
+        self._began, self._losses = time.perf_counter(), list[float]()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
+        """Start the clock of a step, at its first batch if gradients accumulate."""
+        if not self._losses:
+            self._began = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int  # noqa: ARG002
+    ) -> None:
+        """Add a row."""
+        self._losses.append(float(outputs["lm_loss"]))
+        if not trainer.is_global_zero or trainer.fit_loop._should_accumulate():
+            return
+        self._file.append(
+            {
+                "step": trainer.global_step,
+                "loss": float(np.mean(self._losses)),
+                "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+                "seconds": time.perf_counter() - self._began,
+                "tokens": batch[:, 1:].numel() * trainer.world_size * len(self._losses),
+            }
+        )
+        self._losses = []
+        if trainer.global_step % 10 == 0:
+            self._file.flush()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+        """Leave a complete file."""
+        if trainer.is_global_zero:
+            self._file.flush()
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002
+        """Rows up to a checkpoint are on disk before it."""
+        self.on_train_end(trainer, pl_module)
+
+
+class RandomState(pl.Callback):
+    """Keeps the state of every rank's random generators in checkpoints, which Lightning does not."""
+
+    _restored: dict[str, Any] | None = None
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002
+        """Gather torch, CUDA, numpy and Python state; called on all ranks."""
+        name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # type: ignore[misc]
+        version, internal, gauss_next = random.getstate()
+        mine = {
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+            "numpy": [str(name), torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(gauss)],
+            "python": [version, list(internal), gauss_next],
+        }
+        everyone: list[Any] = [mine]
+        if trainer.world_size > 1:
+            everyone = [None] * trainer.world_size
+            torch.distributed.all_gather_object(everyone, mine)
+        checkpoint["random_state"] = everyone
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002
+        """Remember this rank's state."""
+        states = checkpoint.get("random_state", [])
+        self._restored = states[trainer.global_rank] if trainer.global_rank < len(states) else None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+        """Put it back, in the last hook before the first batch."""
+        if self._restored is None:
+            return
+        torch.set_rng_state(self._restored["torch"].cpu())
+        if self._restored["cuda"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(self._restored["cuda"].cpu())
+        name, keys, *rest = self._restored["numpy"]
+        np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))
+        version, internal, gauss_next = self._restored["python"]
+        random.setstate((version, tuple(internal), gauss_next))
+        self._restored = None
+
+
+class LastCheckpoint(Checkpoint):
+    """Keeps the newest state of the run in `last.ckpt`, in the run's folder; written whole or not at all.
+
+    Args:
+        every_n_steps: optimizer steps between saves; the end of the run is saved as well.
+
+    Raises:
+        UserError: every_n_steps < 1.
+    """
+
+    def __init__(self, every_n_steps: int = 100) -> None:
+        if every_n_steps < 1:
+            raise UserError(f"checkpoint.every_n_steps must be at least 1, got {every_n_steps}")
+        self.every_n_steps = every_n_steps
+        self._saved = -1
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int  # noqa: ARG002
+    ) -> None:
+        """Save every n steps and after the last one; Lightning calls checkpoint callbacks after all others."""
+        step = trainer.global_step
+        if not trainer.fit_loop._should_accumulate() and (step % self.every_n_steps == 0 or step == trainer.max_steps):
+            self._save(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+        """Save a run that ends for another reason than its number of steps."""
+        self._save(trainer)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        if trainer.global_step == self._saved:
+            return
+        self._saved = trainer.global_step
+        try:
+            trainer.save_checkpoint(run_folder(trainer) / "last.ckpt")
+        except OSError as error:
+            raise UserError(
+                f"cannot write the checkpoint {run_folder(trainer) / 'last.ckpt'}: {error.strerror or error}; free space "
+                f"and resume from the one before"
+            ) from error

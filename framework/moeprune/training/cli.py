@@ -1,0 +1,141 @@
+"""`moeprune fit | validate | test | predict`: LightningCLI with the model, the data and the pruning of this package."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import yaml
+from jsonargparse import ActionConfigFile
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from moeprune import names
+from moeprune.errors import UserError
+from moeprune.training.callbacks import LastCheckpoint, RandomState, RunRecorder
+from moeprune.training.data import TextData
+from moeprune.training.expert_pruning import ExpertPruning
+from moeprune.training.module import MoELanguageModel
+
+KINDS = ("pruner", "criterion", "allocation", "trigger", "balancer")
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes `config.yaml` into the run's folder; refuses a folder that holds another run."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Before anything is trained."""
+        if stage != "fit" or trainer.fast_dev_run:
+            return
+        folder = Path(trainer.default_root_dir)
+        if trainer.ckpt_path is None and getattr(self.config, "ckpt_path", None) is None and (folder / "history.jsonl").exists():
+            checkpoint = folder / "last.ckpt"
+            ways = f"continue it with --ckpt_path={checkpoint}, or " if checkpoint.exists() else "remove it, or "
+            raise UserError(f"{folder} already holds a run; {ways}choose another folder with --trainer.default_root_dir")
+        self.overwrite = True
+        super().setup(trainer, pl_module, stage)
+
+
+class Parser(LightningArgumentParser):
+    """Errors as one sentence."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:  # type: ignore[override]
+        """Raise instead of printing the usage.
+
+        Raises:
+            UserError: always.
+        """
+        from moeprune.cli import explain
+
+        raise UserError(explain(message, ex)) from ex
+
+
+class CLI(LightningCLI):
+    """The training command line. The checkpoint never overrides the command line: see `_parse_ckpt_path`."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """`pruning:` and `checkpoint:` as keys of their own; sizes that follow from the data."""
+        parser.add_lightning_class_args(ExpertPruning, "pruning")
+        parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
+        parser.link_arguments("data.vocab_size", "model.config.vocab_size")
+        parser.link_arguments("data.seq_len", "model.config.max_seq_len")
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """See `Parser`."""
+        parser = Parser(**kwargs)
+        parser.add_argument("-c", "--config", action=ActionConfigFile, help="Path to a recipe in YAML; may be given often.")
+        parser.add_argument("--base", type=str | None, help="In a recipe: the recipe it builds on, relative to it.")
+        return parser
+
+    def _parse_ckpt_path(self) -> None:
+        """LightningCLI would let hyper-parameters stored in the checkpoint override YAML and command line silently."""
+
+
+def with_bases(args: list[str]) -> list[str]:
+    """The arguments with every `--config X` preceded by the recipes that X names under `base:`, oldest first.
+
+    Raises:
+        UserError: a recipe that does not exist, is no YAML mapping, or is its own base.
+    """
+    out: list[str] = []
+    queue = list(args)
+    while queue:
+        arg = queue.pop(0)
+        flag, equals, value = arg.partition("=")
+        if flag not in ("-c", "--config"):
+            out.append(arg)
+            continue
+        if not equals:
+            if not queue:
+                raise UserError(f"{flag} needs the path of a recipe")
+            value = queue.pop(0)
+        out += [f"--config={path}" for path in lineage(Path(value))]
+    return out
+
+
+def lineage(path: Path, heirs: tuple[Path, ...] = ()) -> list[Path]:
+    """The recipe at `path` and all it builds on, oldest first; see `with_bases`."""
+    if path.resolve() in heirs:
+        raise UserError(f"the recipe {path} is its own base; remove the line `base:` from one of them")
+    base = read_recipe(path).get("base")
+    if base is None:
+        return [path]
+    return [*lineage(path.parent / base, (*heirs, path.resolve())), path]
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """A recipe as plain data.
+
+    Raises:
+        UserError: no such file, or no YAML mapping; file and line are named.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"there is no recipe at {path}; check the path") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        at = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UserError(f"YAML error in {path}{at}: {getattr(error, 'problem', None) or 'not readable'}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"the recipe {path} is no YAML mapping of options")
+    return data
+
+
+def run(args: list[str] | None = None) -> CLI:
+    """Run `moeprune <args>`, args[0] being fit, validate, test or predict; None for the process's own arguments.
+
+    Raises:
+        UserError: bad input, in one sentence.
+    """
+    for problem in names.install(*KINDS):
+        print(f"moeprune: left out: {problem}", file=sys.stderr)
+    sys.argv[1:] = with_bases(sys.argv[1:] if args is None else args)
+    return CLI(
+        MoELanguageModel,
+        TextData,
+        save_config_callback=SaveConfig,
+        seed_everything_default=0,
+        trainer_defaults={"logger": False, "num_sanity_val_steps": 0, "callbacks": [RunRecorder(), RandomState()]},
+    )

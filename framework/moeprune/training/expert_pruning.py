@@ -1,0 +1,271 @@
+"""Prunes inside a Lightning run: gathers loads, asks the trigger, asks the pruner, applies the plan, goes on training."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from numpy.typing import NDArray
+
+from moeprune.balancing.metrics import ExpertLoad, load_metrics
+from moeprune.errors import UserError
+from moeprune.files import JsonLines
+from moeprune.parallel.restructure import check_strategy, restructure
+from moeprune.pruning.calibration import record
+from moeprune.pruning.constraints import Constraints
+from moeprune.pruning.evidence import Evidence
+from moeprune.pruning.plan import PrunePlan
+from moeprune.pruning.pruner import Pruner
+from moeprune.pruning.surgery import apply_plan
+from moeprune.pruning.trigger import LoadWindow, Progress, Trigger
+from moeprune.training.module import MoELanguageModel, domain_losses
+
+CALIBRATION_SEED_OFFSET = 1_000_003  # calibration batches are training text in an order that training does not use
+
+
+class ExpertPruning(pl.Callback):
+    """Watches the experts' loads during training and prunes when the trigger fires.
+
+    Loads are summed over windows of `window` steps and over all ranks. After each step the trigger is asked; when it
+    fires, the pruner plans from the last `evidence_windows` windows (and, where it asks for gradients, from calibration
+    batches), the plan is applied to the model and its optimizer, and training goes on. Windows and events are rows of
+    `loads.jsonl` and `events.jsonl` in the run's folder, and are part of every checkpoint.
+
+    Args:
+        pruner: what to prune with; null watches the loads only.
+        trigger: when to prune; null never does.
+        constraints: bounds that the plan obeys.
+        window: optimizer steps per load window; enough to hold 20 000 tokens.
+        evidence_windows: how many of the last windows the pruner sees.
+        calibration_batches: training batches measured for a pruner that needs gradients.
+        stop: when the trigger fires, save `trunk.ckpt` in the run's folder and end the run instead of pruning.
+
+    Raises:
+        UserError: an argument out of range.
+    """
+
+    def __init__(
+        self,
+        pruner: Pruner | None = None,
+        trigger: Trigger | None = None,
+        constraints: Constraints = Constraints(),  # noqa: B008 (immutable)
+        window: int = 20,
+        evidence_windows: int = 2,
+        calibration_batches: int = 8,
+        stop: bool = False,
+    ) -> None:
+        for name, value in (("window", window), ("evidence_windows", evidence_windows), ("calibration_batches", calibration_batches)):
+            if value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}")
+        if pruner is not None and trigger is None:
+            raise UserError("pruning.pruner is set but pruning.trigger is not, so it would never prune; set a trigger")
+        self.pruner, self.trigger, self.constraints = pruner, trigger, constraints
+        self.window, self.evidence_windows, self.calibration_batches = window, evidence_windows, calibration_batches
+        self.stop = stop
+        self.events: list[dict[str, Any]] = []
+        self._windows: list[LoadWindow] = []
+        self._partial: ExpertLoad | None = None  # this rank's loads since the last complete window
+        self._partial_state: list[torch.Tensor] | None = None  # the same, over all ranks, from a checkpoint
+        self._tokens = 0
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Windows, the unfinished window over all ranks, events; called on all ranks."""
+        return {
+            "events": self.events,
+            "tokens": self._tokens,
+            "partial": None if self._partial is None else [torch.from_numpy(count) for count in self._partial.totals()],
+            "windows": [
+                {"first": w.first, "last": w.last, "loads": [torch.from_numpy(np.asarray(x)) for x in w.loads]}
+                for w in self._windows
+            ],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        self.events = list(state_dict["events"])
+        self._tokens = state_dict["tokens"]
+        self._partial_state = state_dict["partial"]
+        self._windows = [
+            LoadWindow(w["first"], w["last"], [loads.cpu().numpy() for loads in w["loads"]]) for w in state_dict["windows"]
+        ]
+
+    # -- hooks ---------------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse what cannot work before anything is trained."""
+        if stage != "fit" or self.trigger is None:
+            return
+        check_strategy(trainer)
+        config = _module(pl_module).config
+        self.constraints.feasible(config.n_experts, config.top_k)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Open the files, dropping rows of steps that a killed run did not save; prune if it is due already."""
+        module = _module(pl_module)
+        self._partial = self._new_partial(module)
+        if self._partial_state is not None:
+            share = 1 if trainer.is_global_zero else 0  # it holds the sum over all ranks
+            self._partial.update([share * count.to(module.device) for count in self._partial_state])
+        if trainer.is_global_zero:
+            folder = run_folder(trainer)
+            self._loads_file = JsonLines(folder / "loads.jsonl", trainer.global_step)
+            self._events_file = JsonLines(folder / "events.jsonl", trainer.global_step)
+        if trainer.global_step:
+            self._ask(trainer, module)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int  # noqa: ARG002
+    ) -> None:
+        """Count; close the window if it is full; ask the trigger once the optimizer has stepped."""
+        module = _module(pl_module)
+        assert self._partial is not None
+        self._partial.update(outputs["counts"])
+        self._tokens += batch[:, 1:].numel() * trainer.world_size
+        if trainer.fit_loop._should_accumulate():
+            return
+        first = self._windows[-1].last if self._windows else (self.events[-1]["step"] if self.events else 0)
+        if trainer.global_step - first >= self.window:
+            loads = self._partial.totals()
+            self._windows.append(LoadWindow(first, trainer.global_step, loads))
+            self._partial = self._new_partial(module)
+            self._log_window(trainer, module)
+        self._ask(trainer, module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+        """Leave complete files."""
+        if trainer.is_global_zero:
+            self._loads_file.flush()
+            self._events_file.flush()
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002
+        """Rows up to a checkpoint are on disk before it."""
+        self.on_train_end(trainer, pl_module)
+
+    # -- the prune -----------------------------------------------------------------------------------------------------
+
+    def _ask(self, trainer: pl.Trainer, module: MoELanguageModel) -> None:
+        if self.trigger is None:
+            return
+        progress = Progress(
+            trainer.global_step, trainer.max_steps, module.warmup_steps, self._tokens, self._windows, len(self.events)
+        )
+        reason = self.trigger.fires(progress)
+        if reason is None:
+            return
+        if self.stop:
+            pl.utilities.rank_zero_info(f"step {trainer.global_step}: {reason}; the trunk ends here")
+            if trainer.is_global_zero:
+                self._events_file.append({"step": trainer.global_step, "reason": reason, "stop": True})
+            self.trigger = None  # do not ask again while Lightning winds down
+            trainer.should_stop = True
+            trainer.save_checkpoint(run_folder(trainer) / "trunk.ckpt")
+        elif self.pruner is not None:
+            self._prune(trainer, module, reason)
+
+    def _prune(self, trainer: pl.Trainer, module: MoELanguageModel, reason: str) -> None:
+        assert self.pruner is not None
+        model, step = module.transformer, trainer.global_step
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        began = time.perf_counter()
+        evidence = self._evidence(trainer, module)
+        plan = self.pruner.plan(evidence, self.constraints)
+        plan = PrunePlan.from_dict(trainer.strategy.broadcast(plan.to_dict()))  # every rank the same decision
+        planned = time.perf_counter()
+        before = domain_losses(model, data.evaluation_batches("valid"))
+        n_before = sum(parameter.numel() for parameter in model.parameters())
+        cutting = time.perf_counter()
+        restructure(trainer, lambda: apply_plan(model, plan, trainer.optimizers))
+        cut = time.perf_counter()
+        after = domain_losses(model, data.evaluation_batches("valid"))
+        module.plans = [*module.plans, plan]
+        event = {
+            "step": step,
+            "reason": reason,
+            "plan": plan.to_dict(),
+            "parameters": {"before": n_before, "after": sum(parameter.numel() for parameter in model.parameters())},
+            "val_loss": {
+                "before": {domain: losses.tolist() for domain, losses in before.items()},
+                "after": {domain: losses.tolist() for domain, losses in after.items()},
+            },
+            "seconds": {"plan": planned - began, "surgery": cut - cutting},
+        }
+        self.events.append(event)
+        self._windows = []
+        self._partial = self._new_partial(module)
+        if trainer.is_global_zero:
+            self._events_file.append(event)
+            self._events_file.flush()
+        jump = _mean(after) - _mean(before)
+        pl.utilities.rank_zero_info(
+            f"step {step}: pruned ({reason}); validation loss {_mean(before):.4f} -> {_mean(after):.4f} ({jump:+.4f})\n{plan}"
+        )
+
+    def _evidence(self, trainer: pl.Trainer, module: MoELanguageModel) -> Evidence:
+        """Loads of the last windows (and of the unfinished one), plus what calibration measures for this pruner."""
+        assert self.pruner is not None
+        assert self._partial is not None
+        provenance = {"step": trainer.global_step, "tokens": self._tokens, "source": "training loads"}
+        recent = [window.loads for window in self._windows[-self.evidence_windows :]]
+        unfinished = self._partial.totals()
+        if any(count.any() for count in unfinished):
+            recent.append(unfinished)
+        if not recent:
+            raise UserError(f"no loads were recorded before the prune at step {trainer.global_step}; prune later")
+        counts: list[NDArray[Any]] = [np.sum(layer, axis=0) for layer in zip(*recent, strict=True)]
+        layers = module.transformer.moe_layers
+        checked = Evidence.from_counts(
+            [count.tolist() for count in counts],
+            module.config.top_k,
+            [sorted(layer.ids) for layer in layers],
+            [layer.n_original for layer in layers],
+            provenance,
+        )
+        needs = self.pruner.needs
+        if needs <= {"counts"}:
+            return checked
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        batches = data.training_batches(self.calibration_batches, data.seed + CALIBRATION_SEED_OFFSET)
+        on_device = (batches.batch(i).to(module.device) for i in range(self.calibration_batches))
+        return record(module.transformer, on_device, needs, {"counts": counts}, provenance)
+
+    # -- helpers -------------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _new_partial(module: MoELanguageModel) -> ExpertLoad:
+        return ExpertLoad([layer.n_experts for layer in module.transformer.moe_layers]).to(module.device)
+
+    def _log_window(self, trainer: pl.Trainer, module: MoELanguageModel) -> None:
+        window = self._windows[-1]
+        metrics = [load_metrics(loads) for loads in window.loads]
+        for name in metrics[0]:
+            module.log(f"load/{name}", float(np.mean([metric[name] for metric in metrics])), rank_zero_only=True)
+        if trainer.is_global_zero:
+            self._loads_file.append(
+                {
+                    "step": window.last,
+                    "first": window.first,
+                    "expert_ids": [list(layer.ids) for layer in module.transformer.moe_layers],
+                    "loads": [loads.tolist() for loads in window.loads],
+                    "metrics": metrics,
+                }
+            )
+
+
+def run_folder(trainer: pl.Trainer) -> Path:
+    """Where a run's files go: the trainer's default_root_dir."""
+    return Path(trainer.default_root_dir)
+
+
+def _module(module: pl.LightningModule) -> MoELanguageModel:
+    assert isinstance(module, MoELanguageModel)
+    return module
+
+
+def _mean(losses: dict[str, NDArray[np.float64]]) -> float:
+    return float(np.mean([values.mean() for values in losses.values()]))

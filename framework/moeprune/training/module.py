@@ -1,0 +1,231 @@
+"""The LightningModule: loss, balancing terms, optimizer, schedule, and a checkpoint that knows its experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import MeanMetric
+
+from moeprune.balancing.balancer import Balancer
+from moeprune.checkpoints import ENTRY, Checkpoint, differing_fields
+from moeprune.errors import UserError
+from moeprune.model.config import MoEConfig
+from moeprune.model.transformer import MoETransformer
+from moeprune.pruning.plan import PrunePlan
+
+
+def sequence_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """[B] mean cross-entropy per sequence, nats per token, float32; logits [B, S, V], targets [B, S]."""
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+    return loss.view(targets.shape).mean(1)
+
+
+@torch.no_grad()
+def domain_losses(model: MoETransformer, batches: Iterable[dict[str, Any]]) -> dict[str, NDArray[np.float64]]:
+    """Per domain the loss of each of its sequences, in order: what paired comparisons need. The model's mode is kept."""
+    trained, device = model.training, model.head.weight.device
+    model.eval()
+    parts: dict[str, list[NDArray[np.float64]]] = {}
+    for batch in batches:
+        tokens = batch["tokens"].to(device)
+        losses = sequence_losses(model(tokens[:, :-1]), tokens[:, 1:])
+        parts.setdefault(batch["domain"], []).append(losses.double().cpu().numpy())
+    model.train(trained)
+    return {domain: np.concatenate(losses) for domain, losses in parts.items()}
+
+
+class MoELanguageModel(pl.LightningModule):
+    """Trains a Mixture-of-Experts language model.
+
+    AdamW; the learning rate rises linearly over `warmup_steps`, stays, and falls linearly over the last part of the run
+    (warm-up, stable, decay: arXiv 2404.06395).
+
+    Args:
+        config: sizes of the model.
+        balancers: load-balancing terms; LAEP's own training uses none.
+        learning_rate: of the stable part.
+        weight_decay: on matrices; norms and biases have none.
+        betas: of AdamW.
+        warmup_steps: optimizer steps of linear warm-up.
+        decay: share of the run over which the learning rate falls, in [0, 1]; needs a bounded run.
+        final_learning_rate: share of `learning_rate` that is left at the end.
+        unigram_bias: start the output bias at the log frequencies of the tokens (see docs/model.md).
+        init_seed: of the initial weights.
+    """
+
+    def __init__(
+        self,
+        config: MoEConfig = MoEConfig(),  # noqa: B008 (immutable)
+        balancers: list[Balancer] | None = None,
+        learning_rate: float = 3e-3,
+        weight_decay: float = 0.01,
+        betas: tuple[float, float] = (0.9, 0.95),
+        warmup_steps: int = 60,
+        decay: float = 0.3,
+        final_learning_rate: float = 0.05,
+        unigram_bias: bool = True,
+        init_seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value in (("decay", decay), ("final_learning_rate", final_learning_rate)):
+            if not 0 <= value <= 1:
+                raise UserError(f"{name} must lie in [0, 1], got {value}")
+        if not learning_rate > 0:
+            raise UserError(f"learning_rate must be above 0, got {learning_rate}")
+        if warmup_steps < 0:
+            raise UserError(f"warmup_steps must be at least 0, got {warmup_steps}")
+        self.config = config
+        self.balancers = balancers or []
+        self.learning_rate, self.weight_decay, self.betas = learning_rate, weight_decay, betas
+        self.warmup_steps, self.decay, self.final_learning_rate = warmup_steps, decay, final_learning_rate
+        self.unigram_bias, self.init_seed = unigram_bias, init_seed
+        self.plans: list[PrunePlan] = []
+        self.model: MoETransformer | None = None
+        self._domain_metrics: dict[str, MeanMetric] = {}
+
+    @property
+    def transformer(self) -> MoETransformer:
+        """The model; there once `configure_model` ran."""
+        assert self.model is not None
+        return self.model
+
+    def configure_model(self) -> None:
+        """Build the model, the same one for the same `init_seed`, whatever ran before."""
+        if self.model is not None:
+            return
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.init_seed)
+            self.model = MoETransformer(self.config)
+        data = getattr(self.trainer, "datamodule", None) if self._trainer is not None else None
+        if self.unigram_bias and data is not None and hasattr(data, "store"):
+            with torch.no_grad():
+                self.model.head.bias.copy_(data.store.log_unigrams()[: self.config.vocab_size])
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits [B, S, V] of tokens [B, S]."""
+        logits: Tensor = self.transformer(tokens)
+        return logits
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:  # noqa: ARG002
+        """Cross-entropy plus balancing terms; also hands out the layers' counts, for the load windows.
+
+        Raises:
+            UserError: the loss is not finite; step and layer are named.
+        """
+        logits, routings = self.transformer.forward_with_routing(batch[:, :-1])
+        loss = sequence_losses(logits, batch[:, 1:]).mean()
+        total = loss
+        for balancer in self.balancers:
+            terms = torch.stack([balancer.loss(routing) for routing in routings])
+            total = total + balancer.coefficient * terms.mean()
+            self.log(f"balance/{type(balancer).__name__.lower()}", terms.mean().detach())
+        self.log("train_loss", loss.detach(), prog_bar=True)
+        return {"loss": total, "lm_loss": loss.detach(), "counts": [routing.counts for routing in routings]}
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: ARG002
+        """Stop a run that has diverged before it writes NaN into the weights."""
+        for index, layer in enumerate(self.transformer.moe_layers):
+            for parameter in layer.router.parameters():
+                if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+                    raise UserError(
+                        f"the gradient of the router of layer {index} is not finite at step {self.global_step}; "
+                        f"lower the learning rate or clip gradients (--trainer.gradient_clip_val=1)"
+                    )
+
+    def _evaluate(self, batch: dict[str, Any]) -> None:
+        tokens = batch["tokens"]
+        metric = self._domain_metrics.setdefault(batch["domain"], MeanMetric().to(self.device))
+        metric.update(sequence_losses(self(tokens[:, :-1]), tokens[:, 1:]))
+
+    def _report(self, name: str) -> None:
+        """Log the mean of the domains and each of them, over all ranks."""
+        domains = self.trainer.datamodule.corpus.domains  # type: ignore[attr-defined]
+        metrics = [self._domain_metrics.setdefault(domain, MeanMetric().to(self.device)) for domain in domains]
+        losses = [metric.compute() for metric in metrics]
+        self.log(name, torch.stack(losses).mean(), prog_bar=True)
+        self.log_dict({f"{name}/{domain}": loss for domain, loss in zip(domains, losses, strict=True)})
+        self._domain_metrics = {}
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:  # noqa: ARG002
+        """Loss by domain."""
+        self._evaluate(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log `val_loss` and `val_loss/<domain>`."""
+        self._report("val_loss")
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:  # noqa: ARG002
+        """Loss by domain."""
+        self._evaluate(batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Log `test_loss` and `test_loss/<domain>`."""
+        self._report("test_loss")
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:  # noqa: ARG002
+        """[B, S] log-probability of each token given those before it."""
+        tokens = batch["tokens"]
+        logits = self(tokens[:, :-1]).float()
+        return logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+
+    def schedule(self, step: int) -> float:
+        """Share of `learning_rate` at optimizer step `step`."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        total = self.trainer.max_steps
+        falling = int(self.decay * total) if total > 0 else 0
+        if falling == 0 or step < total - falling:
+            return 1.0
+        return self.final_learning_rate + (1 - self.final_learning_rate) * max(0, total - step) / falling
+
+    def configure_optimizers(self) -> Any:
+        """AdamW (fused) and the schedule."""
+        matrices: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
+        for parameter in self.parameters():
+            (matrices if parameter.ndim > 1 else others).append(parameter)
+        optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": self.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            lr=self.learning_rate,
+            betas=self.betas,
+            fused=True,
+        )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what rebuilds the model: configuration, experts, plans, tokenizer."""
+        data = getattr(self.trainer, "datamodule", None)
+        checkpoint[ENTRY] = Checkpoint(
+            self.config,
+            [list(layer.ids) for layer in self.transformer.moe_layers],
+            {},
+            self.plans,
+            data.store.tokenizer_json if data is not None else "",
+            data.describe() if data is not None else {},
+            self.global_step,
+        ).entry()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the checkpoint's shapes, before its weights and before the optimizer exists.
+
+        Raises:
+            UserError: a checkpoint of another configuration; the fields that differ are named.
+        """
+        saved = Checkpoint.from_entry(checkpoint.get(ENTRY, {}), {}, "the checkpoint")
+        for name in differing_fields(saved.config, self.config):
+            raise UserError(
+                f"the checkpoint was trained with model.config.{name}={getattr(saved.config, name)}, this configuration "
+                f"says {getattr(self.config, name)}; use the configuration it was trained with"
+            )
+        self.plans = saved.plans
+        n_experts = [len(ids) for ids in saved.expert_ids]
+        if n_experts != [layer.n_experts for layer in self.transformer.moe_layers]:
+            self.model = MoETransformer(self.config, n_experts).to(self.device)

@@ -1,0 +1,42 @@
+"""As many experts as another pruner would keep: the fair budget for a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeprune.pruning.constraints import Constraints
+from moeprune.pruning.evidence import Evidence
+from moeprune.pruning.pruner import Allocation, Pruner
+
+
+class Match(Allocation):
+    """Keeps as many experts as another pruner would on the same evidence: the fair budget for a comparison.
+
+    Source: equal-budget comparison as in arXiv 2510.13999, section 4; here the budget is another pruner's plan.
+
+    Args:
+        pruner: whose numbers to take.
+        spread: `per_layer` takes its number for every layer; `uniform` takes its total and gives every layer the same
+            number (the first layers one more where it does not divide).
+    """
+
+    def __init__(self, pruner: Pruner, spread: Literal["per_layer", "uniform"] = "per_layer") -> None:
+        self.pruner, self.spread = pruner, spread
+        self.needs = pruner.needs
+
+    def allocate(
+        self, scores: Sequence[NDArray[np.float64]], evidence: Evidence, constraints: Constraints  # noqa: ARG002
+    ) -> list[int]:
+        """The other pruner's numbers, per layer or spread evenly."""
+        n_kept = list(self.pruner.plan(evidence, constraints).n_kept)
+        if self.spread == "per_layer":
+            return n_kept
+        share, rest = divmod(sum(n_kept), len(n_kept))
+        return [
+            constraints.nearest_at_least(share + (index < rest), len(layer.ids), evidence.top_k, layer.n_original, index)
+            for index, layer in enumerate(evidence.layers)
+        ]

@@ -1,0 +1,23 @@
+"""Weight magnitude."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeprune.pruning.evidence import LayerEvidence
+from moeprune.pruning.pruner import Criterion
+
+
+class Magnitude(Criterion):
+    """Frobenius norm of the expert's weights (gate, up and down projections together).
+
+    Source: magnitude pruning, Han et al. 2015 (arXiv 1506.02626), taken per expert.
+    """
+
+    needs = frozenset({"weights"})
+
+    def score(self, layer: LayerEvidence, index: int) -> NDArray[np.float64]:  # noqa: ARG002
+        """[E] norms."""
+        square = sum(layer.weights[name].detach().double().square().sum((1, 2)) for name in ("gate_up", "down"))
+        return np.asarray(square.sqrt().cpu())  # type: ignore[union-attr]

@@ -1,0 +1,28 @@
+"""Random scores."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeprune.pruning.evidence import LayerEvidence
+from moeprune.pruning.pruner import Criterion
+
+
+class RandomScore(Criterion):
+    """Random scores, one stream per (seed, layer).
+
+    Source: the random baseline of REAP, arXiv 2510.13999.
+
+    Args:
+        seed: same seed, same scores.
+    """
+
+    needs = frozenset()
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    def score(self, layer: LayerEvidence, index: int) -> NDArray[np.float64]:
+        """[E] in [0, 1)."""
+        return np.random.default_rng((self.seed, index)).random(len(layer.ids))

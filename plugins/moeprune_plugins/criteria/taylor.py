@@ -1,0 +1,23 @@
+"""First-order importance."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeprune.pruning.evidence import LayerEvidence
+from moeprune.pruning.pruner import Criterion
+
+
+class Taylor(Criterion):
+    """First-order change of the loss when weights go to zero: sum of |w dL/dw| over the expert's weights.
+
+    Source: Molchanov et al. 2017 (arXiv 1611.06440), taken per expert; gradients are averaged over the calibration
+    batches before the product is taken.
+    """
+
+    needs = frozenset({"taylor"})
+
+    def score(self, layer: LayerEvidence, index: int) -> NDArray[np.float64]:  # noqa: ARG002
+        """[E] sums."""
+        return np.asarray(layer.stats["taylor"], dtype=np.float64)
