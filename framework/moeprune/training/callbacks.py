@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+import resource
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +31,7 @@ class RunRecorder(pl.Callback):
         if trainer.is_global_zero:
             self._file = JsonLines(run_folder(trainer) / "history.jsonl", trainer.global_step)
         self._began, self._losses = time.perf_counter(), list[float]()
+        reset_peak_memory()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
         """Start the clock of a step, at its first batch if gradients accumulate."""
@@ -47,6 +52,7 @@ class RunRecorder(pl.Callback):
                 "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
                 "seconds": time.perf_counter() - self._began,
                 "tokens": batch[:, 1:].numel() * trainer.world_size * len(self._losses),
+                "peak_memory": peak_memory(),
             }
         )
         self._losses = []
@@ -61,6 +67,25 @@ class RunRecorder(pl.Callback):
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002
         """Rows up to a checkpoint are on disk before it."""
         self.on_train_end(trainer, pl_module)
+
+
+def reset_peak_memory() -> None:
+    """Start measuring anew, where the system can (Linux, CUDA)."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> int:
+    """Bytes: the device's peak allocation on CUDA, otherwise the process's peak resident memory since the reset."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except (OSError, IndexError, ValueError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class RandomState(pl.Callback):

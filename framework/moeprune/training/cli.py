@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -123,19 +125,49 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return data
 
 
-def run(args: list[str] | None = None) -> CLI:
+def run(args: list[str] | None = None, execute: bool = True) -> CLI:
     """Run `moeprune <args>`, args[0] being fit, validate, test or predict; None for the process's own arguments.
+
+    Args:
+        args: the arguments; with `execute=False` without the subcommand.
+        execute: False only builds model, data and trainer.
 
     Raises:
         UserError: bad input, in one sentence.
     """
+    quiet()
     for problem in names.install(*KINDS):
         print(f"moeprune: left out: {problem}", file=sys.stderr)
     sys.argv[1:] = with_bases(sys.argv[1:] if args is None else args)
     return CLI(
         MoELanguageModel,
         TextData,
+        run=execute,
         save_config_callback=SaveConfig,
         seed_everything_default=0,
-        trainer_defaults={"logger": False, "num_sanity_val_steps": 0, "callbacks": [RunRecorder(), RandomState()]},
+        trainer_defaults={
+            "logger": False,
+            "num_sanity_val_steps": 0,
+            "callbacks": [RunRecorder(), RandomState()],
+        },
     )
+
+
+def quiet() -> None:
+    """Silence messages that tell a user of this package nothing."""
+    for pattern in (
+        ".*LeafSpec.*",
+        ".*does not have many workers.*",
+        ".*compute.. method of metric.*was called before the ..update.*",
+        ".*Checkpoint directory.*exists and is not empty.*",
+        ".*Found .* module.* in eval mode at the start of training.*",
+        ".*lr_scheduler.step.*before.*optimizer.step.*",
+    ):
+        warnings.filterwarnings("ignore", pattern)
+
+    def wanted(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return not any(part in text for part in ("Tip:", "litlogger", "TPU available", "`weights_only` was not set", "was configured so"))
+
+    for name in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.trainer.connectors.checkpoint_connector"):
+        logging.getLogger(name).addFilter(wanted)

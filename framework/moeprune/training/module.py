@@ -41,6 +41,17 @@ def domain_losses(model: MoETransformer, batches: Iterable[dict[str, Any]]) -> d
     return {domain: np.concatenate(losses) for domain, losses in parts.items()}
 
 
+def initial_model(config: MoEConfig, seed: int, log_unigrams: Tensor | None) -> MoETransformer:
+    """A fresh model: the same one for the same seed, whatever was drawn before; output bias at `log_unigrams` [V]."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = MoETransformer(config)
+    if log_unigrams is not None:
+        with torch.no_grad():
+            model.head.bias.copy_(log_unigrams)
+    return model
+
+
 class MoELanguageModel(pl.LightningModule):
     """Trains a Mixture-of-Experts language model.
 
@@ -100,13 +111,9 @@ class MoELanguageModel(pl.LightningModule):
         """Build the model, the same one for the same `init_seed`, whatever ran before."""
         if self.model is not None:
             return
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.init_seed)
-            self.model = MoETransformer(self.config)
-        data = getattr(self.trainer, "datamodule", None) if self._trainer is not None else None
-        if self.unigram_bias and data is not None and hasattr(data, "store"):
-            with torch.no_grad():
-                self.model.head.bias.copy_(data.store.log_unigrams()[: self.config.vocab_size])
+        data = getattr(self.trainer, "datamodule", None)
+        store = getattr(data, "store", None) if self.unigram_bias else None
+        self.model = initial_model(self.config, self.init_seed, None if store is None else store.log_unigrams())
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits [B, S, V] of tokens [B, S]."""

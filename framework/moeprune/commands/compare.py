@@ -1,0 +1,111 @@
+"""`moeprune compare`: train, prune and score many variants."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from jsonargparse.typing import Path_fr
+from rich.console import Console
+
+from moeprune import registry
+from moeprune.compare import runner
+from moeprune.compare.gather import gather
+from moeprune.compare.spec import Comparison, Variant
+from moeprune.errors import UserError
+from moeprune.files import read_json, write_text
+
+
+def command(
+    name: str,
+    recipe: Path_fr,  # type: ignore[valid-type]
+    variants: dict[str, Variant],
+    reference: str,
+    trunk: dict[str, Any] | None = None,
+    suite: str = "offline",
+    limit: int | None = None,
+    output: Path | None = None,
+    workers: int | None = None,
+    overwrite: bool = False,
+    options: list[str] | None = None,
+) -> int:
+    """Train one trunk, let every variant go on from it with the same batches, score them all, write a report.
+
+    An interrupted comparison continues where it stopped when it is called again; a variant that fails is reported, tried
+    again at the next call, and does not stop the others.
+
+    Args:
+        name: of the comparison.
+        recipe: training recipe of every run, relative to the file it is written in.
+        variants: by name: label, start (trunk, scratch, untrained), config (the lines of the recipe it changes), perturb.
+        reference: the variant that the others are compared with.
+        trunk: lines of the recipe that the trunk changes: the trigger that ends it.
+        suite: short name of the suite that scores every variant.
+        limit: documents per task; all by default.
+        output: folder; default: runs/<name>.
+        workers: runs at a time; default: one per core.
+        overwrite: start anew in an existing folder.
+        options: further arguments of `moeprune fit` for every run, such as --trainer.max_steps=100.
+    """
+    from moeprune.compare.report import terminal_table, write_report
+    from moeprune.training.cli import lineage
+
+    began = time.time()
+    registry.lookup("suite", suite)
+    if limit is not None and limit < 1:
+        raise UserError(f"limit must be at least 1, got {limit}")
+    workers = min(os.cpu_count() or 1, len(variants)) if workers is None else workers
+    if workers < 1:
+        raise UserError(f"workers must be at least 1, got {workers}")
+    recipes = lineage(Path(str(recipe.absolute)))  # type: ignore[attr-defined]
+    comparison = Comparison(
+        name,
+        [str(path) for path in recipes],
+        [path.read_text(encoding="utf-8") for path in recipes],
+        trunk or {},
+        variants,
+        reference,
+        suite,
+        limit,
+        options or [],
+    )
+    _check_names(comparison)
+    folder = output or Path("runs") / name
+    runner.prepare(comparison, folder, overwrite)
+    console = Console()
+    console.print(f"comparing {len(variants)} variants of {recipe}, {workers} at a time; logs in {folder}/<variant>/log.txt")
+    failed = runner.run(comparison, folder, workers, console)
+    trained = [n for n, v in variants.items() if n not in failed and v.start != "untrained"]
+    speeds = runner.measure_speed(comparison, folder, trained)
+    clock = folder / "seconds.json"
+    seconds = (read_json(clock, "clock") if clock.exists() else 0.0) + time.time() - began
+    write_text(clock, json.dumps(seconds))
+    results = gather(comparison, folder, {n: e for n, e in failed.items() if n in variants}, speeds, seconds, workers)
+    write_text(folder / "results.json", json.dumps(results, allow_nan=False) + "\n")
+    write_report(results, folder)
+    console.print(terminal_table(results))
+    console.print(f"report: {folder / 'report.html'}   results: {folder / 'results.json'}   ({seconds:.0f} s of computing)")
+    for each, error in failed.items():
+        if not error.startswith(runner.NO_TRUNK):
+            console.print(f"failed: {each}: {error}", style="red", markup=False, soft_wrap=True)
+    return 1 if failed else 0
+
+
+def _check_names(comparison: Comparison) -> None:
+    """Every short name in a variant's config exists, before anything is trained.
+
+    Raises:
+        UserError: an unknown pruner or balancer.
+    """
+    for name, variant in comparison.variants.items():
+        pruner = (variant.config.get("pruning") or {}).get("pruner")
+        for kind, value in [("pruner", pruner), *(("balancer", b) for b in variant.config.get("model", {}).get("balancers", []))]:
+            short = value if isinstance(value, str) else (value or {}).get("class_path", ".")
+            if "." not in short:
+                try:
+                    registry.lookup(kind, short)
+                except UserError as error:
+                    raise UserError(f"variant {name!r}: {error}") from error

@@ -1,0 +1,238 @@
+"""Puts the files of a comparison's runs together into results.json (schema: results.py)."""
+
+from __future__ import annotations
+
+import os
+import platform
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moeprune import registry
+from moeprune.compare.job import TRUNK
+from moeprune.compare.results import FORMAT, difference, mean_and_stderr
+from moeprune.compare.spec import Comparison, job_folder
+from moeprune.files import read_json, read_rows
+
+PACKAGES = ("moeprune", "torch", "pytorch-lightning", "lm_eval", "tokenizers", "numpy")
+Losses = dict[str, list[float]]  # domain -> one loss per sequence
+
+
+def gather(
+    comparison: Comparison, folder: Path, failed: dict[str, str], speeds: dict[str, Any], seconds: float, workers: int
+) -> dict[str, Any]:
+    """The results of all variants, failed ones included.
+
+    Args:
+        comparison: what was run.
+        folder: where.
+        failed: error by name.
+        speeds: of `runner.measure_speed`.
+        seconds: wall time of computing, all calls together.
+        workers: runs at a time.
+    """
+    done = {
+        name: read_json(job_folder(folder, name) / "result.json", "result")
+        for name in comparison.variants
+        if name not in failed
+    }
+    reference = done.get(comparison.reference)
+    noise = _noise(comparison, done, reference)
+    suite = registry.create("suite", comparison.suite)
+    families = {family: list(tasks) for family, tasks in suite.families().items()}
+    base = next((r for name, r in done.items() if comparison.variants[name].start != "untrained" and r["plan"] is None), None)
+    variants = []
+    for name, variant in comparison.variants.items():
+        row: dict[str, Any] = {
+            "name": name,
+            "label": variant.label or name,
+            "status": "failed" if name in failed else "done",
+            "error": failed.get(name),
+            "start": variant.start,
+        }
+        if name in done:
+            other = None if name == comparison.reference or reference is None else reference
+            row |= _row(comparison, folder, name, done[name], other, noise, base, families)
+            row["speed"] = speeds.get(name)
+        variants.append(row)
+    first = next((job_folder(folder, n) / "config.yaml" for n in [TRUNK, *done] if (job_folder(folder, n) / "config.yaml").exists()), None)
+    config = yaml.safe_load(first.read_text(encoding="utf-8")) if first else {}
+    return {
+        "format": FORMAT,
+        "name": comparison.name,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": seconds,
+        "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
+        "machine": {
+            "processor": _processor(),
+            "cores": os.cpu_count() or 1,
+            "workers": workers,
+        },
+        "model": {
+            "parameters": base["parameters"] if base else 0,
+            "layers": config.get("model", {}).get("config", {}).get("n_layers", 0),
+            "experts": config.get("model", {}).get("config", {}).get("n_experts", 0),
+            "top_k": config.get("model", {}).get("config", {}).get("top_k", 0),
+            "steps": config.get("trainer", {}).get("max_steps", 0),
+            "tokens_per_step": config.get("data", {}).get("batch_size", 0) * config.get("data", {}).get("seq_len", 0),
+            "seed": config.get("seed_everything", 0),
+        },
+        "domains": list(next(iter(done.values()))["val_loss"]) if done else [],
+        "reference": comparison.reference,
+        "suite": comparison.suite,
+        "limit": comparison.limit,
+        "families": families,
+        "trunk": _trunk(comparison, folder),
+        "variants": variants,
+    }
+
+
+def _row(
+    comparison: Comparison,
+    folder: Path,
+    name: str,
+    result: dict[str, Any],
+    reference: dict[str, Any] | None,
+    noise: dict[str, float],
+    base: dict[str, Any] | None,
+    families: dict[str, list[str]],
+) -> dict[str, Any]:
+    place = job_folder(folder, name)
+    event = next((row for row in read_rows(place / "events.jsonl") if "plan" in row), None)
+    before, after = (event["val_loss"]["before"], event["val_loss"]["after"]) if event else (None, None)
+    config = comparison.variants[name].config
+    scores = {}
+    for task, score in result["scores"].items():
+        other = reference["scores"][task] if reference else None
+        scores[task] = {k: v for k, v in score.items() if k != "documents"} | {
+            "vs_reference": difference(score["documents"], other["documents"], noise=noise.get(task)) if other else None
+        }
+    return {
+        "pruner": _pruner_text(config),
+        "balancers": [b if isinstance(b, str) else b["class_path"] for b in config.get("model", {}).get("balancers", [])],
+        "parameters": result["parameters"],
+        "parameters_kept": result["parameters"] / base["parameters"] if base else 1.0,
+        "active_parameters": result["active_parameters"],
+        "experts_kept": result["experts_kept"],
+        "removed_load": event["plan"]["removed_load"] if event else [],
+        "plan": f"{name}/{result['plan']}" if result["plan"] else None,
+        "config": f"{name}/config.yaml" if (place / "config.yaml").exists() else None,
+        "val_loss": {
+            "before": _loss(before) if before else None,
+            "after": _loss(after) if after else None,
+            "end": _loss(result["val_loss"]),
+        },
+        "jump": _paired(after, before, None) if before and after else None,
+        "vs_reference": _paired(result["val_loss"], reference["val_loss"], noise.get("val_loss")) if reference else None,
+        "history": _history(place),
+        "loads": _loads(place),
+        "memory": {key: result[key] for key in ("weights_bytes", "optimizer_bytes", "peak_bytes")},
+        "scores": scores,
+        "families": {family: _family(tasks, result, reference, noise.get(family)) for family, tasks in families.items()},
+    }
+
+
+def _noise(comparison: Comparison, done: dict[str, Any], reference: dict[str, Any] | None) -> dict[str, float]:
+    """How far perturbed copies of the reference drift from it, by task, family and for `val_loss`; {} if there is none."""
+    noise: dict[str, float] = {}
+    for name, variant in comparison.variants.items():
+        if not variant.perturb or name not in done or reference is None:
+            continue
+        drift = {"val_loss": _paired(done[name]["val_loss"], reference["val_loss"], None)["value"]}
+        for task, score in done[name]["scores"].items():
+            drift[task] = score["value"] - reference["scores"][task]["value"]
+        for family, tasks in done[name]["families"].items():
+            drift[family] = sum(drift[task] for task in tasks) / len(tasks)
+        for key, value in drift.items():
+            noise[key] = max(noise.get(key, 0.0), abs(value))
+    return noise
+
+
+def _paired(a: Losses, b: Losses, noise: float | None) -> dict[str, Any]:
+    """Difference of two models' losses over the same sequences, domains weighted equally."""
+    strata = [index for index, domain in enumerate(a) for _ in a[domain]]
+    return difference([x for d in a for x in a[d]], [x for d in a for x in b[d]], strata, noise)
+
+
+def _family(
+    tasks: list[str], result: dict[str, Any], reference: dict[str, Any] | None, noise: float | None
+) -> dict[str, Any]:
+    groups = [result["scores"][task]["documents"] for task in tasks]
+    value, stderr = mean_and_stderr(groups)
+    against = None
+    if reference:
+        strata = [index for index, group in enumerate(groups) for _ in group]
+        other = [x for task in tasks for x in reference["scores"][task]["documents"]]
+        against = difference([x for group in groups for x in group], other, strata, noise)
+    first = result["scores"][tasks[0]]
+    return {
+        "metric": first["metric"],
+        "higher_is_better": first["higher_is_better"],
+        "value": value,
+        "stderr": stderr,
+        "n": sum(map(len, groups)),
+        "vs_reference": against,
+    }
+
+
+def _loss(losses: Losses) -> dict[str, Any]:
+    domains = {domain: sum(values) / len(values) for domain, values in losses.items()}
+    return {"mean": sum(domains.values()) / len(domains), "domains": domains}
+
+
+def _history(place: Path) -> dict[str, Any]:
+    rows = read_rows(place / "history.jsonl")
+    return {key: [row[key] for row in rows] for key in ("step", "loss", "seconds")}
+
+
+def _loads(place: Path) -> dict[str, Any]:
+    rows = read_rows(place / "loads.jsonl")
+    return {
+        "step": [row["step"] for row in rows],
+        "expert_ids": [row["expert_ids"] for row in rows],
+        "shares": [[[n / max(1, sum(layer)) for n in layer] for layer in row["loads"]] for row in rows],
+    }
+
+
+def _trunk(comparison: Comparison, folder: Path) -> dict[str, Any] | None:
+    place = job_folder(folder, TRUNK)
+    event = next((row for row in read_rows(place / "events.jsonl") if row.get("stop")), None)
+    if not comparison.needs_trunk or event is None:
+        return None
+    rows = read_rows(place / "history.jsonl")
+    return {
+        "step": event["step"],
+        "tokens": sum(row["tokens"] for row in rows),
+        "reason": event["reason"],
+        "history": _history(place),
+        "loads": _loads(place),
+    }
+
+
+def _pruner_text(config: dict[str, Any]) -> str | None:
+    """The pruner as one would write it in Python."""
+    pruner = (config.get("pruning") or {}).get("pruner")
+    if pruner is None:
+        return None
+    name, options = (pruner, {}) if isinstance(pruner, str) else (pruner["class_path"], pruner.get("init_args", {}))
+    made = registry.lookup("pruner", name).load() if "." not in name else None
+    shown = ", ".join(f"{key}={_short(value)}" for key, value in options.items())
+    return f"{made.__name__ if made else name}({shown})"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict) and "class_path" in value:
+        inner = ", ".join(f"{k}={_short(v)}" for k, v in value.get("init_args", {}).items())
+        return f"{value['class_path']}({inner})"
+    return str(value)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,176 @@
+"""One run of a comparison, in a process of its own: train (or go on training), then score, then write result.json."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from moeprune.compare.spec import Comparison, Variant, job_folder
+from moeprune.errors import UserError
+from moeprune.files import atomic, read_rows, write_text
+
+TRUNK = "trunk"
+
+
+def main(comparison: Comparison, folder: Path, name: str, threads: int) -> None:
+    """Run the job `name`; what it prints goes to log.txt, why it failed to error.txt. Exits with 1 on failure."""
+    place = job_folder(folder, name)
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "error.txt").unlink(missing_ok=True)
+    with (place / "log.txt").open("a", encoding="utf-8", buffering=1) as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        try:
+            import torch
+
+            torch.set_num_threads(threads)
+            run(comparison, folder, name)
+        except BaseException as error:
+            traceback.print_exc()
+            message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            write_text(place / "error.txt", message)
+            sys.stdout.flush()
+            raise SystemExit(1) from error
+
+
+def run(comparison: Comparison, folder: Path, name: str) -> None:
+    """Train and score. Continues where an earlier call stopped."""
+    from moeprune import checkpoints
+
+    place = job_folder(folder, name)
+    if name == TRUNK:
+        _fit(comparison, folder, TRUNK, {"pruning": {**comparison.trunk.get("pruning", {}), "stop": True}}, None)
+        if not (place / "trunk.ckpt").exists():
+            raise UserError("the trunk's trigger never fired; give the trunk a trigger with a deadline, or train longer")
+        write_text(place / "result.json", json.dumps({"step": checkpoints.read(place / "trunk.ckpt").step}))
+        return
+    variant = comparison.variants[name]
+    if variant.start == "untrained":
+        checkpoint = _untrained(_built(comparison, place))
+    else:
+        config, start = variant.config, None
+        if variant.start == "trunk":
+            start = job_folder(folder, TRUNK) / "trunk.ckpt"
+            if "pruner" in (config.get("pruning") or {}):
+                step = json.loads((start.parent / "result.json").read_text(encoding="utf-8"))["step"]
+                trigger = {"class_path": "at_step", "init_args": {"step": step}}
+                config = {**config, "pruning": {**config["pruning"], "trigger": trigger}}
+            if variant.perturb:
+                start = _perturbed(start, place, variant)
+        _fit(comparison, folder, name, config, start)
+        checkpoint = checkpoints.read(place / "last.ckpt")
+    write_text(place / "result.json", json.dumps(_measure(comparison, place, checkpoint)))
+
+
+def arguments(comparison: Comparison, place: Path, config: dict[str, Any]) -> list[str]:
+    """Arguments of the training command line for a run in `place` that changes `config`."""
+    import yaml
+
+    write_text(place / "variant.yaml", yaml.safe_dump(config, sort_keys=False))
+    return [
+        *(f"--config={path}" for path in comparison.recipes),
+        f"--config={place / 'variant.yaml'}",
+        f"--trainer.default_root_dir={place}",
+        "--trainer.enable_progress_bar=false",
+        *comparison.options,
+    ]
+
+
+def _fit(comparison: Comparison, folder: Path, name: str, config: dict[str, Any], start: Path | None) -> None:
+    from moeprune.training import cli
+
+    place = job_folder(folder, name)
+    if (place / "trunk.ckpt").exists():  # the trunk ended; only its result was missing
+        return
+    checkpoint = place / "last.ckpt" if (place / "last.ckpt").exists() else start
+    if checkpoint is None:
+        (place / "history.jsonl").unlink(missing_ok=True)  # of a run that was stopped before its first checkpoint
+    resume = [] if checkpoint is None else [f"--ckpt_path={checkpoint}"]
+    cli.run(["fit", *arguments(comparison, place, config), *resume])
+
+
+def _built(comparison: Comparison, place: Path) -> Any:
+    """Model and data of the recipe, without running anything."""
+    from moeprune.training import cli
+
+    return cli.run(arguments(comparison, place, {}), execute=False)
+
+
+def _untrained(built: Any) -> Any:
+    from moeprune.checkpoints import Checkpoint
+    from moeprune.training.module import initial_model
+
+    store = built.datamodule.store
+    bias = store.log_unigrams() if built.model.unigram_bias else None
+    model = initial_model(built.model.config, built.model.init_seed, bias)
+    ids = [list(layer.ids) for layer in model.moe_layers]
+    return Checkpoint(
+        built.model.config, ids, model.state_dict(), [], store.tokenizer_json, built.datamodule.describe()
+    )
+
+
+def _perturbed(start: Path, place: Path, variant: Variant) -> Path:
+    """A copy of the trunk's checkpoint with noise on its weights."""
+    import torch
+
+    from moeprune.checkpoints import read_lightning
+
+    data = read_lightning(start)
+    generator = torch.Generator().manual_seed(0)
+    for value in data["state_dict"].values():
+        if value.is_floating_point() and value.numel() > 1:
+            noise = torch.randn(value.shape, generator=generator) * value.float().std() * variant.perturb
+            value += noise.to(value.dtype)
+    path = place / "start.ckpt"
+    with atomic(path, "wb") as file:
+        torch.save(data, file)
+    return path
+
+
+def _measure(comparison: Comparison, place: Path, checkpoint: Any) -> dict[str, Any]:
+    """Everything about the finished model that results.json needs."""
+    from moeprune import registry
+    from moeprune.evaluation.score import headline, save, score
+    from moeprune.training.module import domain_losses
+
+    model = checkpoint.model()
+    losses = domain_losses(model, _built(comparison, place).datamodule.evaluation_batches("valid"))
+    suite = registry.create("suite", comparison.suite)
+    results = score(checkpoint, suite, comparison.limit, name=place.name, environment=False)
+    save(results, place / "evaluation")
+    per_token = sum(p.numel() for p in model.parameters())
+    for layer in model.moe_layers:
+        expert = sum(p[0].numel() for p in layer.experts.parameters())
+        per_token -= (layer.n_experts - checkpoint.config.top_k) * expert
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    rows = read_rows(place / "history.jsonl")
+    plan = None
+    if checkpoint.plans:
+        plan = "plan.json"
+        checkpoint.plans[-1].save(place / plan)
+    return {
+        "step": checkpoint.step,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "active_parameters": per_token,
+        "experts_kept": [layer.n_experts for layer in model.moe_layers],
+        "val_loss": {domain: values.tolist() for domain, values in losses.items()},
+        "scores": headline(results, suite),
+        "families": {name: list(tasks) for name, tasks in suite.families().items()},
+        "weights_bytes": weights,
+        "optimizer_bytes": _optimizer_bytes(place / "last.ckpt"),
+        "peak_bytes": rows[-1]["peak_memory"] if rows else None,
+        "plan": plan,
+    }
+
+
+def _optimizer_bytes(path: Path) -> int:
+    from moeprune.checkpoints import read_lightning
+
+    if not path.exists():
+        return 0
+    states = (state for optimizer in read_lightning(path)["optimizer_states"] for state in optimizer["state"].values())
+    return sum(v.numel() * v.element_size() for state in states for v in state.values() if hasattr(v, "element_size"))

@@ -1,0 +1,95 @@
+"""The schema of results.json, and the statistics behind its words.
+
+    {
+      "format": "moeprune.results/1",
+      "name": str, "created": ISO 8601, "seconds": wall seconds of computing,
+      "versions": {package: version}, "machine": {"processor": str, "cores": int, "workers": int},
+      "model": {"parameters": int, "layers": L, "experts": E, "top_k": K, "steps": int, "tokens_per_step": int},
+      "domains": [str], "reference": name of the variant that the others are compared with,
+      "suite": str, "limit": int | null, "families": {family: [task]},
+      "trunk": {"step": int, "tokens": int, "reason": str, "history": HISTORY, "loads": LOADS},
+      "variants": [VARIANT]
+    }
+
+    HISTORY  {"step": [int], "loss": [float], "seconds": [float]}       training loss, one value per optimizer step
+    LOADS    {"step": [int], "expert_ids": [window][layer][id], "shares": [window][layer][share of the layer's tokens]}
+             `step` is the end of each load window
+    DIFF     {"value": float, "stderr": float, "noise": float | null, "verdict": str}   value = variant - reference
+    LOSS     {"mean": float, "domains": {domain: float}}                nats per token, validation split
+
+    VARIANT  {
+      "name": str, "label": str, "status": "done" | "failed", "error": str | null,
+      "start": "trunk" | "scratch" | "untrained",
+      ... and if done:
+      "pruner": str | null, "balancers": [str],
+      "parameters": int, "parameters_kept": share of the unpruned model's, "active_parameters": per token,
+      "experts_kept": [int per layer], "removed_load": [share per layer] or [], "plan": file | null, "config": file | null,
+      "val_loss": {"before": LOSS | null, "after": LOSS | null, "end": LOSS},
+      "jump": DIFF | null        validation loss just after minus just before the prune, paired over sequences
+      "vs_reference": DIFF | null    final validation loss, paired over sequences; null for the reference itself
+      "history": HISTORY, "loads": LOADS          from the trunk's end (or the start) on
+      "speed": {"step_seconds": QUARTILES, "ratio": QUARTILES, "tokens_per_second": float} | null
+               training steps of all variants in turns in one process after training; ratio to the reference
+      "memory": {"weights_bytes": int, "optimizer_bytes": int, "peak_bytes": int | null}
+      "scores": {task: {"metric": str, "higher_is_better": bool, "value": float, "stderr": float | null, "n": int,
+                        "vs_reference": DIFF | null}},
+      "families": {family: {"metric": str, "higher_is_better": bool, "value": float, "stderr": float, "n": int,
+                            "vs_reference": DIFF | null}}
+    }
+    QUARTILES {"median": float, "q1": float, "q3": float}
+
+A failed variant holds name, label, status, error and start only. Every word of judgement comes from `difference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+FORMAT = "moeprune.results/1"
+NO_DIFFERENCE = "no detectable difference"
+Z = 1.96  # half-width of a 95 % interval in standard errors
+
+
+def difference(
+    a: Sequence[float] | NDArray[np.float64],
+    b: Sequence[float] | NDArray[np.float64],
+    strata: Sequence[int] | None = None,
+    noise: float | None = None,
+) -> dict[str, Any]:
+    """Mean of a - b over the same documents, its standard error, and a word for it.
+
+    Args:
+        a: [N] one value per document (or sequence).
+        b: [N] the same documents under the reference.
+        strata: [N] stratum (domain) of each document: strata are weighted equally, as in the means that are reported.
+        noise: how far two runs drift apart that differ in nothing that matters; a difference has to exceed it, too.
+
+    Returns:
+        value, stderr, noise, and verdict: `lower`, `higher` or `no detectable difference`.
+    """
+    d = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
+    labels = np.zeros(len(d), dtype=int) if strata is None else np.asarray(strata)
+    parts = [d[labels == label] for label in np.unique(labels)]
+    value = float(np.mean([part.mean() for part in parts]))
+    variances = [part.var(ddof=1) / len(part) if len(part) > 1 else 0.0 for part in parts]
+    stderr = float(np.sqrt(np.sum(variances)) / len(parts))
+    detectable = abs(value) > Z * stderr and abs(value) > (noise or 0.0)
+    verdict = ("higher" if value > 0 else "lower") if detectable else NO_DIFFERENCE
+    return {"value": value, "stderr": stderr, "noise": noise, "verdict": verdict}
+
+
+def mean_and_stderr(values: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Equally weighted mean over groups of documents, and its standard error."""
+    arrays = [np.asarray(group, dtype=np.float64) for group in values]
+    variances = [group.var(ddof=1) / len(group) if len(group) > 1 else 0.0 for group in arrays]
+    return float(np.mean([group.mean() for group in arrays])), float(np.sqrt(np.sum(variances)) / len(arrays))
+
+
+def quartiles(values: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    q1, median, q3 = np.percentile(np.asarray(values, dtype=np.float64), [25, 50, 75])
+    return {"median": float(median), "q1": float(q1), "q3": float(q3)}

@@ -1,0 +1,184 @@
+"""Runs the jobs of a comparison, several at a time, each in a process of its own, and continues an interrupted one.
+
+A job that fails, is killed or runs out of memory leaves the others alone; it is tried again at the next call.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from moeprune.compare import job, speed
+from moeprune.compare.spec import Comparison, job_folder
+from moeprune.errors import UserError
+from moeprune.files import read_json, write_text
+
+
+NO_TRUNK = "the trunk failed"
+
+
+@dataclass
+class _Running:
+    process: BaseProcess
+    name: str
+    row: TaskID
+
+
+def prepare(comparison: Comparison, folder: Path, overwrite: bool) -> None:
+    """Make the comparison's folder, or check that it belongs to this comparison.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    wanted = json.loads(json.dumps(comparison.identity()))
+    if overwrite and folder.is_dir():
+        shutil.rmtree(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; choose another --output")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not (folder / "comparison.json").exists():
+            raise UserError(f"{folder} exists and holds no comparison; choose another --output, or pass --overwrite=true")
+        found = read_json(folder / "comparison.json", "comparison")
+        changed = sorted(key for key in wanted if found.get(key) != wanted[key])
+        if changed:
+            raise UserError(
+                f"{folder} holds a comparison with other {', '.join(changed)}; choose another --output, or pass "
+                f"--overwrite=true to start anew"
+            )
+    write_text(folder / "comparison.json", json.dumps(wanted, indent=1) + "\n")
+
+
+def run(comparison: Comparison, folder: Path, workers: int, console: Console) -> dict[str, str]:
+    """Run every job that has no result yet.
+
+    Returns:
+        The error of each variant that failed, by name.
+    """
+    cores = os.cpu_count() or 1
+    waiting = [name for name in _order(comparison) if not (job_folder(folder, name) / "result.json").exists()]
+    for name in waiting:
+        (job_folder(folder, name) / "error.txt").unlink(missing_ok=True)
+    failed: dict[str, str] = {}
+    running: list[_Running] = []
+    context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
+    if os.name == "posix":
+        context.set_forkserver_preload(["moeprune.compare.preload"])
+    with Progress(
+        TextColumn("{task.description:<16}"),
+        BarColumn(24),
+        TextColumn("{task.fields[state]:<28}"),
+        TimeElapsedColumn(),
+        console=console,
+        refresh_per_second=2,
+    ) as progress:
+        rows = {name: progress.add_task(name, total=1, start=False, state="waiting") for name in waiting}
+        try:
+            while waiting or running:
+                for each in list(running):
+                    _show(progress, each, folder)
+                    if not each.process.is_alive():
+                        running.remove(each)
+                        _finish(each, folder, failed, progress)
+                if job.TRUNK in failed:
+                    for name in [n for n in waiting if comparison.variants[n].start == "trunk"]:
+                        waiting.remove(name)
+                        failed[name] = f"{NO_TRUNK}: {failed[job.TRUNK]}"
+                        progress.update(rows[name], state="failed: no trunk")
+                while len(running) < workers and (name := _next(comparison, folder, waiting)) is not None:
+                    waiting.remove(name)
+                    threads = max(1, cores // min(workers, len(running) + len(waiting) + 1))
+                    process = context.Process(target=job.main, args=(comparison, folder, name, threads), name=name)
+                    process.start()
+                    progress.start_task(rows[name])
+                    running.append(_Running(process, name, rows[name]))
+                time.sleep(0.2)
+        finally:
+            for each in running:
+                each.process.terminate()
+    return failed
+
+
+def measure_speed(comparison: Comparison, folder: Path, names: list[str]) -> dict[str, Any]:
+    """Step times of the finished variants, measured in turns in one process; kept in speed.json."""
+    path = folder / "speed.json"
+    if path.exists():
+        found = read_json(path, "speed measurement")
+        if sorted(found) == sorted(names):
+            return dict(found)
+    if comparison.reference not in names:
+        return {}
+    context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
+    process = context.Process(target=speed.main, args=(comparison, folder, names, path))
+    process.start()
+    process.join()
+    return dict(read_json(path, "speed measurement")) if process.exitcode == 0 else {}
+
+
+def _order(comparison: Comparison) -> list[str]:
+    """The trunk first, since most wait for it, then full runs, which take longest."""
+    trunk = [job.TRUNK] if comparison.needs_trunk else []
+    by_length: Callable[[str], bool] = lambda name: comparison.variants[name].start != "scratch"  # noqa: E731
+    return [*trunk, *sorted(comparison.variants, key=by_length)]
+
+
+def _next(comparison: Comparison, folder: Path, waiting: list[str]) -> str | None:
+    trunk_done = (job_folder(folder, job.TRUNK) / "result.json").exists()
+    for name in waiting:
+        if name == job.TRUNK or trunk_done or comparison.variants[name].start != "trunk":
+            return name
+    return None
+
+
+def _finish(each: _Running, folder: Path, failed: dict[str, str], progress: Progress) -> None:
+    place = job_folder(folder, each.name)
+    if each.process.exitcode == 0 and (place / "result.json").exists():
+        progress.update(each.row, total=1, completed=1, state="done")
+        progress.stop_task(each.row)
+        return
+    code = each.process.exitcode
+    message = f"killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
+    if (place / "error.txt").exists():
+        message = (place / "error.txt").read_text(encoding="utf-8")
+    failed[each.name] = message
+    progress.update(each.row, state=f"failed: {message[:60]}")
+    progress.stop_task(each.row)
+
+
+def _show(progress: Progress, each: _Running, folder: Path) -> None:
+    """Steps done, from the tail of the run's history."""
+    place = job_folder(folder, each.name)
+    history = place / "history.jsonl"
+    total = _total_steps(place)
+    if not history.exists() or not total:
+        progress.update(each.row, total=None, state="starting")
+        return
+    with history.open("rb") as file:
+        file.seek(max(0, history.stat().st_size - 400))
+        lines = file.read().splitlines()
+    try:
+        last = json.loads(lines[-1]) if lines else None
+    except json.JSONDecodeError:
+        return
+    if last is not None:
+        state = "scoring" if last["step"] >= total else f"step {last['step']}/{total}  loss {last['loss']:.3f}"
+        progress.update(each.row, total=total, completed=last["step"], state=state)
+
+
+def _total_steps(place: Path) -> int:
+    try:
+        text = (place / "config.yaml").read_text(encoding="utf-8")
+    except OSError:
+        return 0
+    line = next((line for line in text.splitlines() if line.strip().startswith("max_steps:")), "max_steps: 0")
+    return int(line.partition(":")[2])

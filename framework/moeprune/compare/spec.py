@@ -1,0 +1,85 @@
+"""What a comparison is: one recipe, one trunk, variants that each change a few lines of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from moeprune.errors import UserError, suggest
+
+
+@dataclass
+class Variant:
+    """One row of the table.
+
+    Args:
+        label: a few words for the report; the name if empty.
+        start: `trunk` goes on from the trunk's end, where it prunes if its config names a pruner; `scratch` is a full run
+            of its own; `untrained` is the fresh model, not trained at all, as a control.
+        config: lines of the recipe that this variant changes.
+        perturb: relative Gaussian noise on the trunk's weights before going on. A variant that changes nothing else shows
+            how far two runs drift apart that differ in nothing that matters: the noise that every difference of final
+            results has to exceed before the report calls it one.
+    """
+
+    label: str = ""
+    start: Literal["trunk", "scratch", "untrained"] = "trunk"
+    config: dict[str, Any] = field(default_factory=dict)
+    perturb: float = 0.0
+
+
+@dataclass
+class Comparison:
+    """Everything that decides the results; kept in the folder, so that a folder is never continued with another one.
+
+    Args:
+        name: of the comparison.
+        recipes: paths of the recipe and all it builds on, oldest first.
+        texts: their contents.
+        trunk: lines of the recipe that the trunk changes: its trigger.
+        variants: by name, in the order of the table.
+        reference: the variant that the others are compared with.
+        suite: short name of the suite that scores every variant.
+        limit: documents per task; None for all.
+        options: arguments of `moeprune fit` for every run.
+    """
+
+    name: str
+    recipes: list[str]
+    texts: list[str]
+    trunk: dict[str, Any]
+    variants: dict[str, Variant]
+    reference: str
+    suite: str
+    limit: int | None
+    options: list[str]
+
+    def __post_init__(self) -> None:
+        if self.reference not in self.variants:
+            raise UserError(suggest("variant (reference)", self.reference, list(self.variants)))
+        if self.variants[self.reference].start == "untrained":
+            raise UserError(f"the reference {self.reference!r} is untrained; compare with a trained variant")
+        for name, variant in self.variants.items():
+            if name == "trunk" or not name.replace("_", "").replace("-", "").replace(".", "").isalnum():
+                raise UserError(f"a variant cannot be called {name!r}; use letters, digits, '_', '-' and '.', and not 'trunk'")
+            if variant.perturb < 0 or (variant.perturb and variant.start != "trunk"):
+                raise UserError(f"perturb={variant.perturb} of variant {name!r}: it is at least 0, and 0 unless start=trunk")
+            if "pruning" in variant.config and "trigger" in (variant.config["pruning"] or {}) and variant.start == "trunk":
+                raise UserError(f"variant {name!r} sets a trigger, but it prunes where the trunk ends; move it to start: scratch")
+
+    @property
+    def needs_trunk(self) -> bool:
+        """Whether any variant starts from the trunk."""
+        return any(variant.start == "trunk" for variant in self.variants.values())
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides the results, as plain data; places of files do not."""
+        data = asdict(self)
+        del data["recipes"]
+        return data
+
+
+def job_folder(folder: Path, name: str) -> Path:
+    """Where the run called `name` keeps its files."""
+    return folder / name
