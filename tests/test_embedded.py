@@ -9,6 +9,7 @@ import sys
 from importlib import resources
 
 import pytest
+
 from moeprune import embedded
 from moeprune.embedded import DOMAINS, SPLITS, Document, content_hash, documents
 from moeprune.embedded.prepare import MAX_OVERLAP, Plan, deal, main, ngrams, overlap

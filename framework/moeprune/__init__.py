@@ -35,7 +35,7 @@ _HOMES = {
     "create": "moeprune.registry",
     "load": "moeprune.checkpoints",
 }
-__all__ = [  # noqa: RUF022  (the order of _HOMES)
+__all__ = [
     "Allocation",
     "Constraints",
     "Criterion",

@@ -14,7 +14,7 @@ import json
 import pickle
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,9 @@ class Checkpoint:
         try:
             model.load_state_dict(self.state)
         except RuntimeError as error:
-            raise UserError(f"the checkpoint's weights do not fit its own configuration: {_first_line(error)}") from error
+            raise UserError(
+                f"the checkpoint's weights do not fit its own configuration: {_first_line(error)}"
+            ) from error
         return model.eval()
 
     def entry(self) -> dict[str, Any]:

@@ -71,13 +71,13 @@ def call(name: str, command: Callable[..., Any], args: list[str], kinds: tuple[s
     Raises:
         UserError: whatever is wrong with the arguments, in one sentence.
     """
-    from jsonargparse import ActionConfigFile, ArgumentParser
+    from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
 
     from moeprune import names
 
-    class Parser(ArgumentParser):  # type: ignore[misc]
+    class Parser(ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> Any:
-            raise UserError(explain(message, ex)) from ex
+            raise UserError(explain(message)) from ex
 
     for problem in names.install(*kinds):
         print(f"moeprune: left out: {problem}", file=sys.stderr)
@@ -94,12 +94,14 @@ def call(name: str, command: Callable[..., Any], args: list[str], kinds: tuple[s
     return command(**options)
 
 
-def explain(message: str, error: BaseException | None = None) -> str:
+def explain(message: str) -> str:
     """One sentence out of what jsonargparse says, which is exact but long: innermost cause first, near names added."""
     from moeprune import registry
 
     text = re.sub(r"\s+", " ", message).strip()
-    missing = re.search(r"(?:Expected a dot import path string|Problem with given class_path|Import path .*?): ?'?([\w.]+)'?", text)
+    missing = re.search(
+        r"(?:Expected a dot import path string|Problem with given class_path|Import path .*?): ?'?([\w.]+)'?", text
+    )
     key = re.search(r"Parser key \"([\w.]+)\"|for key \"([\w.]+)\"", text)
     where = next((g for g in key.groups() if g), "") if key else ""
     if "Unable to load config" in text or "while parsing" in text or "while scanning" in text:

@@ -12,7 +12,7 @@ DEAD_SHARE = 1e-3  # an expert with less than 0.1 % of a layer's assignments cou
 
 
 def load_metrics(counts: NDArray[np.int64]) -> dict[str, float]:
-    """Of one layer's counts [E]:
+    """How uneven one layer's counts [E] are.
 
         max_vio   max c / mean c - 1                  0 = balanced      (arXiv 2408.15664)
         entropy   H(c / sum c) / ln E                 1 = balanced

@@ -21,7 +21,7 @@ from moeprune.files import read_json, write_text
 
 def command(
     name: str,
-    recipe: Path_fr,  # type: ignore[valid-type]
+    recipe: Path_fr,
     variants: dict[str, Variant],
     reference: str,
     trunk: dict[str, Any] | None = None,
@@ -40,7 +40,7 @@ def command(
     Args:
         name: of the comparison.
         recipe: training recipe of every run, relative to the file it is written in.
-        variants: by name: label, start (trunk, scratch, untrained), config (the lines of the recipe it changes), perturb.
+        variants: by name: label, start (trunk, scratch, untrained), config (the lines of the recipe it changes), drift.
         reference: the variant that the others are compared with.
         trunk: lines of the recipe that the trunk changes: the trigger that ends it.
         suite: short name of the suite that scores every variant.
@@ -60,7 +60,7 @@ def command(
     workers = min(os.cpu_count() or 1, len(variants)) if workers is None else workers
     if workers < 1:
         raise UserError(f"workers must be at least 1, got {workers}")
-    recipes = lineage(Path(str(recipe.absolute)))  # type: ignore[attr-defined]
+    recipes = lineage(Path(str(recipe.absolute)))
     comparison = Comparison(
         name,
         [str(path) for path in recipes],
@@ -76,7 +76,9 @@ def command(
     folder = output or Path("runs") / name
     runner.prepare(comparison, folder, overwrite)
     console = Console()
-    console.print(f"comparing {len(variants)} variants of {recipe}, {workers} at a time; logs in {folder}/<variant>/log.txt")
+    console.print(
+        f"comparing {len(variants)} variants of {recipe}, {workers} at a time; logs in {folder}/<variant>/log.txt"
+    )
     failed = runner.run(comparison, folder, workers, console)
     trained = [n for n, v in variants.items() if n not in failed and v.start != "untrained"]
     speeds = runner.measure_speed(comparison, folder, trained)
@@ -87,7 +89,9 @@ def command(
     write_text(folder / "results.json", json.dumps(results, allow_nan=False) + "\n")
     write_report(results, folder)
     console.print(terminal_table(results))
-    console.print(f"report: {folder / 'report.html'}   results: {folder / 'results.json'}   ({seconds:.0f} s of computing)")
+    console.print(
+        f"report: {folder / 'report.html'}   results: {folder / 'results.json'}   ({seconds:.0f} s of computing)"
+    )
     for each, error in failed.items():
         if not error.startswith(runner.NO_TRUNK):
             console.print(f"failed: {each}: {error}", style="red", markup=False, soft_wrap=True)
@@ -102,7 +106,10 @@ def _check_names(comparison: Comparison) -> None:
     """
     for name, variant in comparison.variants.items():
         pruner = (variant.config.get("pruning") or {}).get("pruner")
-        for kind, value in [("pruner", pruner), *(("balancer", b) for b in variant.config.get("model", {}).get("balancers", []))]:
+        for kind, value in [
+            ("pruner", pruner),
+            *(("balancer", b) for b in variant.config.get("model", {}).get("balancers", [])),
+        ]:
             short = value if isinstance(value, str) else (value or {}).get("class_path", ".")
             if "." not in short:
                 try:

@@ -57,7 +57,9 @@ def command(
     batches: list[torch.Tensor] = []
     if pruner.needs - {"weights"}:
         if calibration_batches < 1:
-            raise UserError(f"calibration_batches must be at least 1, got {calibration_batches}: {pruner!r} measures on data")
+            raise UserError(
+                f"calibration_batches must be at least 1, got {calibration_batches}: {pruner!r} measures on data"
+            )
         source = data or checkpoint.data.get("source", "embedded")
         domains = checkpoint.data.get("domains") if data is None else None
         config = checkpoint.config

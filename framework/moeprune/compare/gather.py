@@ -43,7 +43,9 @@ def gather(
     noise = _noise(comparison, done, reference)
     suite = registry.create("suite", comparison.suite)
     families = {family: list(tasks) for family, tasks in suite.families().items()}
-    base = next((r for name, r in done.items() if comparison.variants[name].start != "untrained" and r["plan"] is None), None)
+    base = next(
+        (r for name, r in done.items() if comparison.variants[name].start != "untrained" and r["plan"] is None), None
+    )
     variants = []
     for name, variant in comparison.variants.items():
         row: dict[str, Any] = {
@@ -58,7 +60,14 @@ def gather(
             row |= _row(comparison, folder, name, done[name], other, noise, base, families)
             row["speed"] = speeds.get(name)
         variants.append(row)
-    first = next((job_folder(folder, n) / "config.yaml" for n in [TRUNK, *done] if (job_folder(folder, n) / "config.yaml").exists()), None)
+    first = next(
+        (
+            job_folder(folder, n) / "config.yaml"
+            for n in [TRUNK, *done]
+            if (job_folder(folder, n) / "config.yaml").exists()
+        ),
+        None,
+    )
     config = yaml.safe_load(first.read_text(encoding="utf-8")) if first else {}
     return {
         "format": FORMAT,
@@ -112,7 +121,9 @@ def _row(
         }
     return {
         "pruner": _pruner_text(config),
-        "balancers": [b if isinstance(b, str) else b["class_path"] for b in config.get("model", {}).get("balancers", [])],
+        "balancers": [
+            b if isinstance(b, str) else b["class_path"] for b in config.get("model", {}).get("balancers", [])
+        ],
         "parameters": result["parameters"],
         "parameters_kept": result["parameters"] / base["parameters"] if base else 1.0,
         "active_parameters": result["active_parameters"],
@@ -126,20 +137,24 @@ def _row(
             "end": _loss(result["val_loss"]),
         },
         "jump": _paired(after, before, None) if before and after else None,
-        "vs_reference": _paired(result["val_loss"], reference["val_loss"], noise.get("val_loss")) if reference else None,
+        "vs_reference": _paired(result["val_loss"], reference["val_loss"], noise.get("val_loss"))
+        if reference
+        else None,
         "history": _history(place),
         "loads": _loads(place),
         "memory": {key: result[key] for key in ("weights_bytes", "optimizer_bytes", "peak_bytes")},
         "scores": scores,
-        "families": {family: _family(tasks, result, reference, noise.get(family)) for family, tasks in families.items()},
+        "families": {
+            family: _family(tasks, result, reference, noise.get(family)) for family, tasks in families.items()
+        },
     }
 
 
 def _noise(comparison: Comparison, done: dict[str, Any], reference: dict[str, Any] | None) -> dict[str, float]:
-    """How far perturbed copies of the reference drift from it, by task, family and for `val_loss`; {} if there is none."""
+    """How far the drift controls end from the reference, by task, family and for `val_loss`; {} if there is none."""
     noise: dict[str, float] = {}
     for name, variant in comparison.variants.items():
-        if not variant.perturb or name not in done or reference is None:
+        if not variant.drift or name not in done or reference is None:
             continue
         drift = {"val_loss": _paired(done[name]["val_loss"], reference["val_loss"], None)["value"]}
         for task, score in done[name]["scores"].items():

@@ -9,9 +9,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from moeprune.compare.spec import Comparison, Variant, job_folder
+from moeprune.compare.spec import Comparison, job_folder
 from moeprune.errors import UserError
-from moeprune.files import atomic, read_rows, write_text
+from moeprune.files import read_rows, write_text
 
 TRUNK = "trunk"
 
@@ -45,7 +45,9 @@ def run(comparison: Comparison, folder: Path, name: str) -> None:
     if name == TRUNK:
         _fit(comparison, folder, TRUNK, {"pruning": {**comparison.trunk.get("pruning", {}), "stop": True}}, None)
         if not (place / "trunk.ckpt").exists():
-            raise UserError("the trunk's trigger never fired; give the trunk a trigger with a deadline, or train longer")
+            raise UserError(
+                "the trunk's trigger never fired; give the trunk a trigger with a deadline, or train longer"
+            )
         write_text(place / "result.json", json.dumps({"step": checkpoints.read(place / "trunk.ckpt").step}))
         return
     variant = comparison.variants[name]
@@ -59,8 +61,6 @@ def run(comparison: Comparison, folder: Path, name: str) -> None:
                 step = json.loads((start.parent / "result.json").read_text(encoding="utf-8"))["step"]
                 trigger = {"class_path": "at_step", "init_args": {"step": step}}
                 config = {**config, "pruning": {**config["pruning"], "trigger": trigger}}
-            if variant.perturb:
-                start = _perturbed(start, place, variant)
         _fit(comparison, folder, name, config, start)
         checkpoint = checkpoints.read(place / "last.ckpt")
     write_text(place / "result.json", json.dumps(_measure(comparison, place, checkpoint)))
@@ -111,24 +111,6 @@ def _untrained(built: Any) -> Any:
     return Checkpoint(
         built.model.config, ids, model.state_dict(), [], store.tokenizer_json, built.datamodule.describe()
     )
-
-
-def _perturbed(start: Path, place: Path, variant: Variant) -> Path:
-    """A copy of the trunk's checkpoint with noise on its weights."""
-    import torch
-
-    from moeprune.checkpoints import read_lightning
-
-    data = read_lightning(start)
-    generator = torch.Generator().manual_seed(0)
-    for value in data["state_dict"].values():
-        if value.is_floating_point() and value.numel() > 1:
-            noise = torch.randn(value.shape, generator=generator) * value.float().std() * variant.perturb
-            value += noise.to(value.dtype)
-    path = place / "start.ckpt"
-    with atomic(path, "wb") as file:
-        torch.save(data, file)
-    return path
 
 
 def _measure(comparison: Comparison, place: Path, checkpoint: Any) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Imported once by the process that all jobs are forked from, so that none of them waits for imports."""
 
-import lm_eval  # noqa: F401
+import lm_eval
 import lm_eval.tasks  # noqa: F401
 
 import moeprune.evaluation.lm

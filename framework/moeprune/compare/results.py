@@ -62,11 +62,13 @@ def difference(
 ) -> dict[str, Any]:
     """Mean of a - b over the same documents, its standard error, and a word for it.
 
+    A difference is called one where |value| > 1.96 sqrt(stderr^2 + noise^2): the documents are a sample, and so is the run.
+
     Args:
         a: [N] one value per document (or sequence).
         b: [N] the same documents under the reference.
         strata: [N] stratum (domain) of each document: strata are weighted equally, as in the means that are reported.
-        noise: how far two runs drift apart that differ in nothing that matters; a difference has to exceed it, too.
+        noise: how far two runs drift apart that differ in nothing that matters: an estimate of the spread from run to run.
 
     Returns:
         value, stderr, noise, and verdict: `lower`, `higher` or `no detectable difference`.
@@ -77,7 +79,7 @@ def difference(
     value = float(np.mean([part.mean() for part in parts]))
     variances = [part.var(ddof=1) / len(part) if len(part) > 1 else 0.0 for part in parts]
     stderr = float(np.sqrt(np.sum(variances)) / len(parts))
-    detectable = abs(value) > Z * stderr and abs(value) > (noise or 0.0)
+    detectable = abs(value) > Z * np.hypot(stderr, noise or 0.0)
     verdict = ("higher" if value > 0 else "lower") if detectable else NO_DIFFERENCE
     return {"value": value, "stderr": stderr, "noise": noise, "verdict": verdict}
 

@@ -24,7 +24,6 @@ from moeprune.compare.spec import Comparison, job_folder
 from moeprune.errors import UserError
 from moeprune.files import read_json, write_text
 
-
 NO_TRUNK = "the trunk failed"
 
 
@@ -48,7 +47,9 @@ def prepare(comparison: Comparison, folder: Path, overwrite: bool) -> None:
         raise UserError(f"{folder} is a file; choose another --output")
     if folder.is_dir() and any(folder.iterdir()):
         if not (folder / "comparison.json").exists():
-            raise UserError(f"{folder} exists and holds no comparison; choose another --output, or pass --overwrite=true")
+            raise UserError(
+                f"{folder} exists and holds no comparison; choose another --output, or pass --overwrite=true"
+            )
         found = read_json(folder / "comparison.json", "comparison")
         changed = sorted(key for key in wanted if found.get(key) != wanted[key])
         if changed:
@@ -71,9 +72,6 @@ def run(comparison: Comparison, folder: Path, workers: int, console: Console) ->
         (job_folder(folder, name) / "error.txt").unlink(missing_ok=True)
     failed: dict[str, str] = {}
     running: list[_Running] = []
-    context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
-    if os.name == "posix":
-        context.set_forkserver_preload(["moeprune.compare.preload"])
     with Progress(
         TextColumn("{task.description:<16}"),
         BarColumn(24),
@@ -95,13 +93,13 @@ def run(comparison: Comparison, folder: Path, workers: int, console: Console) ->
                         waiting.remove(name)
                         failed[name] = f"{NO_TRUNK}: {failed[job.TRUNK]}"
                         progress.update(rows[name], state="failed: no trunk")
-                while len(running) < workers and (name := _next(comparison, folder, waiting)) is not None:
-                    waiting.remove(name)
+                while len(running) < workers and (ready := _next(comparison, folder, waiting)) is not None:
+                    waiting.remove(ready)
                     threads = max(1, cores // min(workers, len(running) + len(waiting) + 1))
-                    process = context.Process(target=job.main, args=(comparison, folder, name, threads), name=name)
+                    process = _process(job.main, comparison, folder, ready, threads)
                     process.start()
-                    progress.start_task(rows[name])
-                    running.append(_Running(process, name, rows[name]))
+                    progress.start_task(rows[ready])
+                    running.append(_Running(process, ready, rows[ready]))
                 time.sleep(0.2)
         finally:
             for each in running:
@@ -118,11 +116,19 @@ def measure_speed(comparison: Comparison, folder: Path, names: list[str]) -> dic
             return dict(found)
     if comparison.reference not in names:
         return {}
-    context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
-    process = context.Process(target=speed.main, args=(comparison, folder, names, path))
+    process = _process(speed.main, comparison, folder, names, path)
     process.start()
     process.join()
     return dict(read_json(path, "speed measurement")) if process.exitcode == 0 else {}
+
+
+def _process(target: Callable[..., None], *args: Any) -> BaseProcess:
+    """A process forked from one that has done the imports; where that does not exist, a fresh one."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn").Process(target=target, args=args)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["moeprune.compare.preload"])
+    return context.Process(target=target, args=args)
 
 
 def _order(comparison: Comparison) -> list[str]:

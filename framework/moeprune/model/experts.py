@@ -155,7 +155,8 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """[T, D] from x [T, D], indices [T, K], weights [T, K]."""
-        gate_up, down = self.gate_up, self.down
+        gate_up: Tensor = self.gate_up
+        down: Tensor = self.down
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)

@@ -88,7 +88,9 @@ class MoETransformer(nn.Module):
         self.config = config
         per_layer = [config.n_experts] * config.n_layers if n_experts is None else list(n_experts)
         if len(per_layer) != config.n_layers:
-            raise UserError(f"n_experts holds {len(per_layer)} numbers for n_layers={config.n_layers}; give one per layer")
+            raise UserError(
+                f"n_experts holds {len(per_layer)} numbers for n_layers={config.n_layers}; give one per layer"
+            )
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, n) for n in per_layer)
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
@@ -123,7 +125,7 @@ class MoETransformer(nn.Module):
     def forward_with_routing(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, list[Routing]]:
         """Logits [B, S, V] and the routing of each layer; arguments as for `forward`."""
         S = tokens.shape[1]
-        if S > self.config.max_seq_len:
+        if self.config.max_seq_len < S:
             raise UserError(f"sequences of {S} tokens exceed max_seq_len={self.config.max_seq_len}; cut them")
         flat = None if mask is None else mask.reshape(-1).bool()
         x = self.embedding(tokens)

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from moeprune import registry
+from moeprune.errors import UserError
 
 
 class _Kind(ModuleType):
@@ -33,7 +34,7 @@ def alias(kind: str, name: str) -> type[Any]:
     """The subclass called `name` whose call makes the registered class."""
     try:
         cls = registry.lookup(kind, name).load()
-    except registry.UserError as error:
+    except UserError as error:
         raise AttributeError(str(error)) from error
 
     def call(_: type[Any], *args: Any, **kwargs: Any) -> Any:

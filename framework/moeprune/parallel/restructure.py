@@ -26,7 +26,8 @@ def check_strategy(trainer: pl.Trainer) -> None:
 
 def restructure(trainer: pl.Trainer, change: Callable[[], None]) -> None:
     """Call `change`, which replaces parameters of the model; under DDP unwrap before and wrap again after, since DDP's
-    gradient buckets hold the old parameters."""
+    gradient buckets hold the old parameters.
+    """
     strategy = trainer.strategy
     wrapped = isinstance(strategy.model, DistributedDataParallel)
     if wrapped:

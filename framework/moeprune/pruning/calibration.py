@@ -42,9 +42,7 @@ def record(
     stats: dict[str, list[NDArray[Any]]] = {name: list(arrays) for name, arrays in (known or {}).items()}
     unknown = needs - RECORDED - stats.keys()
     if unknown:
-        raise UserError(
-            f"no recorder for the statistic {sorted(unknown)[0]!r}; known: {', '.join(sorted(RECORDED))}"
-        )
+        raise UserError(f"no recorder for the statistic {sorted(unknown)[0]!r}; known: {', '.join(sorted(RECORDED))}")
     missing = needs - {"weights"} - stats.keys()
     if missing:
         measured = _measure(model, batches, "taylor" in missing)
@@ -56,9 +54,7 @@ def record(
             weights = {"gate_up": layer.experts.gate_up.detach(), "down": layer.experts.down.detach()} | {
                 f"router.{name}": parameter.detach() for name, parameter in layer.router.named_parameters()
             }
-        layers.append(
-            LayerEvidence(layer.ids, layer.n_original, {n: a[index] for n, a in stats.items()}, weights)
-        )
+        layers.append(LayerEvidence(layer.ids, layer.n_original, {n: a[index] for n, a in stats.items()}, weights))
     return Evidence(tuple(layers), model.config.top_k, dict(provenance or {}))
 
 
@@ -91,6 +87,8 @@ def _measure(model: MoETransformer, batches: Iterable[Tensor], gradients: bool) 
         raise UserError("calibration needs at least one batch of tokens; give data or more calibration batches")
     measured: dict[str, list[NDArray[Any]]] = {"counts": list(counts)}
     if gradients:
-        products = [(w.detach() * g / seen).double().abs().flatten(1).sum(1) for w, g in zip(weights, sums, strict=True)]
+        products = [
+            (w.detach() * g / seen).double().abs().flatten(1).sum(1) for w, g in zip(weights, sums, strict=True)
+        ]
         measured["taylor"] = [(a + b).cpu().numpy() for a, b in zip(products[::2], products[1::2], strict=True)]
     return measured

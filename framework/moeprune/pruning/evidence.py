@@ -103,7 +103,9 @@ class Evidence:
         layers = []
         for layer, (array, row) in enumerate(zip(arrays, ids, strict=True)):
             if len(row) != len(array):
-                raise UserError(f"layer {layer} has {len(array)} counts but {len(row)} expert_ids; give one id per count")
+                raise UserError(
+                    f"layer {layer} has {len(array)} counts but {len(row)} expert_ids; give one id per count"
+                )
             if list(row) != sorted(set(row)) or row[0] < 0 or row[-1] >= original[layer]:
                 raise UserError(
                     f"expert_ids of layer {layer} must ascend, without repeats, from 0 to {original[layer] - 1}"
@@ -124,14 +126,18 @@ class Evidence:
             for index, layer in enumerate(self.layers):
                 if need == "weights":
                     if not layer.weights:
-                        raise UserError(f"{who} reads the model's weights; recorded loads alone are not enough: use `moeprune prune`")
+                        raise UserError(
+                            f"{who} reads the model's weights; recorded loads alone are not enough: use `moeprune prune`"
+                        )
                 elif need not in layer.stats:
                     raise UserError(
                         f"{who} needs the statistic {need!r}, recorded were: {', '.join(sorted(layer.stats)) or 'none'}; "
                         f"use `moeprune prune`, which records what a pruner asks for"
                     )
                 elif not np.isfinite(layer.stats[need]).all():
-                    raise UserError(f"statistic {need!r} of layer {index}{at} holds NaN or infinity; the run has diverged")
+                    raise UserError(
+                        f"statistic {need!r} of layer {index}{at} holds NaN or infinity; the run has diverged"
+                    )
 
 
 def _checked(layer: int, row: Sequence[int], at: str) -> NDArray[np.int64]:
@@ -144,14 +150,20 @@ def _checked(layer: int, row: Sequence[int], at: str) -> NDArray[np.int64]:
         raise UserError(f"layer {layer}{at} has no experts; give one count per expert")
     if array.dtype.kind == "f":
         if np.isnan(array).any():
-            raise UserError(f"counts of layer {layer}{at} hold NaN (expert {int(np.isnan(array).argmax())}); record them anew")
+            raise UserError(
+                f"counts of layer {layer}{at} hold NaN (expert {int(np.isnan(array).argmax())}); record them anew"
+            )
         if not np.isfinite(array).all() or (array != np.floor(array)).any():
             raise UserError(f"counts of layer {layer}{at} must be whole numbers; give tokens, not shares")
     if (array < 0).any():
         worst = int((array < 0).argmax())
-        raise UserError(f"counts of layer {layer}{at} are negative (expert {worst}: {array[worst]}); counts are tokens, >= 0")
+        raise UserError(
+            f"counts of layer {layer}{at} are negative (expert {worst}: {array[worst]}); counts are tokens, >= 0"
+        )
     if not array.any():
-        raise UserError(f"layer {layer}{at} received no tokens: all its counts are 0; record loads over a longer window")
+        raise UserError(
+            f"layer {layer}{at} received no tokens: all its counts are 0; record loads over a longer window"
+        )
     return array.astype(np.int64)
 
 

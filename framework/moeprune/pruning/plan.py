@@ -48,7 +48,9 @@ class PrunePlan:
                 missing = sorted(set(kept) - set(before))
                 raise UserError(f"layer {layer}: kept experts {missing[:8]} are not among the layer's experts")
             if len(kept) < self.top_k:
-                raise UserError(f"layer {layer} would keep {len(kept)} experts, fewer than top_k={self.top_k}; prune less")
+                raise UserError(
+                    f"layer {layer} would keep {len(kept)} experts, fewer than top_k={self.top_k}; prune less"
+                )
 
     @classmethod
     def from_kept(
@@ -105,7 +107,11 @@ class PrunePlan:
         if later.before != self.kept:
             raise UserError("the later plan was made for other experts than this plan keeps")
         return PrunePlan(
-            later.kept, self.before, self.n_original, later.top_k, {"plans": [dict(self.provenance), dict(later.provenance)]}
+            later.kept,
+            self.before,
+            self.n_original,
+            later.top_k,
+            {"plans": [dict(self.provenance), dict(later.provenance)]},
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -163,8 +169,11 @@ class PrunePlan:
     def table(self) -> str:
         """One line per layer and a total, for a terminal."""
         load = bool(self.removed_load)
-        lines = [f"{'layer':>5} {'experts':>8} {'kept':>5} {'removed load':>13}  removed experts" if load
-                 else f"{'layer':>5} {'experts':>8} {'kept':>5}  removed experts"]
+        lines = [
+            f"{'layer':>5} {'experts':>8} {'kept':>5} {'removed load':>13}  removed experts"
+            if load
+            else f"{'layer':>5} {'experts':>8} {'kept':>5}  removed experts"
+        ]
         for layer, (before, kept, gone) in enumerate(zip(self.before, self.kept, self.removed, strict=True)):
             share = f" {self.removed_load[layer]:13.2%}" if load else ""
             names = " ".join(map(str, gone[:16])) + (f" ... ({len(gone)})" if len(gone) > 16 else "")

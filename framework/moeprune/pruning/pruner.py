@@ -98,7 +98,9 @@ class ScorePruner(Pruner):
         for index, layer in enumerate(evidence.layers):
             score = np.asarray(self.criterion.score(layer, index), dtype=np.float64)
             if score.shape != (len(layer.ids),) or not np.isfinite(score).all():
-                raise UserError(f"{self.criterion!r} gave layer {index} scores that are not {len(layer.ids)} finite numbers")
+                raise UserError(
+                    f"{self.criterion!r} gave layer {index} scores that are not {len(layer.ids)} finite numbers"
+                )
             scores.append(score)
         n_kept = self.allocation.allocate(scores, evidence, constraints)
         kept = [

@@ -1,5 +1,6 @@
 """When to prune during training: the contract. A trigger is a pure function of the run's progress, so that a resumed run
-decides as the one that never stopped."""
+decides as the one that never stopped.
+"""
 
 from __future__ import annotations
 

@@ -26,20 +26,27 @@ class RunRecorder(pl.Callback):
     Rows up to a checkpoint are on disk before it; a resumed run drops later rows and goes on, so each step is there once.
     """
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the file."""
         if trainer.is_global_zero:
             self._file = JsonLines(run_folder(trainer) / "history.jsonl", trainer.global_step)
         self._began, self._losses = time.perf_counter(), list[float]()
         reset_peak_memory()
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Start the clock of a step, at its first batch if gradients accumulate."""
         if not self._losses:
             self._began = time.perf_counter()
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int  # noqa: ARG002
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         """Add a row."""
         self._losses.append(float(outputs["lm_loss"]))
@@ -59,12 +66,14 @@ class RunRecorder(pl.Callback):
         if trainer.global_step % 10 == 0:
             self._file.flush()
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave a complete file."""
         if trainer.is_global_zero:
             self._file.flush()
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """Rows up to a checkpoint are on disk before it."""
         self.on_train_end(trainer, pl_module)
 
@@ -93,14 +102,22 @@ class RandomState(pl.Callback):
 
     _restored: dict[str, Any] | None = None
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """Gather torch, CUDA, numpy and Python state; called on all ranks."""
-        name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # type: ignore[misc]
+        name, keys, position, has_gauss, gauss = np.random.get_state()
         version, internal, gauss_next = random.getstate()
         mine = {
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-            "numpy": [str(name), torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(gauss)],
+            "numpy": [
+                str(name),
+                torch.from_numpy(np.asarray(keys, dtype=np.int64)),
+                int(position),
+                int(has_gauss),
+                float(gauss),
+            ],
             "python": [version, list(internal), gauss_next],
         }
         everyone: list[Any] = [mine]
@@ -109,12 +126,14 @@ class RandomState(pl.Callback):
             torch.distributed.all_gather_object(everyone, mine)
         checkpoint["random_state"] = everyone
 
-    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """Remember this rank's state."""
         states = checkpoint.get("random_state", [])
         self._restored = states[trainer.global_rank] if trainer.global_rank < len(states) else None
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put it back, in the last hook before the first batch."""
         if self._restored is None:
             return
@@ -145,14 +164,19 @@ class LastCheckpoint(Checkpoint):
         self._saved = -1
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int  # noqa: ARG002
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         """Save every n steps and after the last one; Lightning calls checkpoint callbacks after all others."""
         step = trainer.global_step
         if not trainer.fit_loop._should_accumulate() and (step % self.every_n_steps == 0 or step == trainer.max_steps):
             self._save(trainer)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save a run that ends for another reason than its number of steps."""
         self._save(trainer)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import yaml
-from jsonargparse import ActionConfigFile
+from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from moeprune import names
@@ -28,13 +28,19 @@ class SaveConfig(SaveConfigCallback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Before anything is trained."""
-        if stage != "fit" or trainer.fast_dev_run:
+        if stage != "fit" or getattr(trainer, "fast_dev_run", False):
             return
         folder = Path(trainer.default_root_dir)
-        if trainer.ckpt_path is None and getattr(self.config, "ckpt_path", None) is None and (folder / "history.jsonl").exists():
+        if (
+            trainer.ckpt_path is None
+            and getattr(self.config, "ckpt_path", None) is None
+            and (folder / "history.jsonl").exists()
+        ):
             checkpoint = folder / "last.ckpt"
             ways = f"continue it with --ckpt_path={checkpoint}, or " if checkpoint.exists() else "remove it, or "
-            raise UserError(f"{folder} already holds a run; {ways}choose another folder with --trainer.default_root_dir")
+            raise UserError(
+                f"{folder} already holds a run; {ways}choose another folder with --trainer.default_root_dir"
+            )
         self.overwrite = True
         super().setup(trainer, pl_module, stage)
 
@@ -42,7 +48,7 @@ class SaveConfig(SaveConfigCallback):
 class Parser(LightningArgumentParser):
     """Errors as one sentence."""
 
-    def error(self, message: str, ex: Exception | None = None) -> Any:  # type: ignore[override]
+    def error(self, message: str, ex: Exception | None = None) -> Any:
         """Raise instead of printing the usage.
 
         Raises:
@@ -50,7 +56,7 @@ class Parser(LightningArgumentParser):
         """
         from moeprune.cli import explain
 
-        raise UserError(explain(message, ex)) from ex
+        raise UserError(explain(message)) from ex
 
 
 class CLI(LightningCLI):
@@ -66,7 +72,9 @@ class CLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """See `Parser`."""
         parser = Parser(**kwargs)
-        parser.add_argument("-c", "--config", action=ActionConfigFile, help="Path to a recipe in YAML; may be given often.")
+        parser.add_argument(
+            "-c", "--config", action=ActionConfigFile, help="Path to a recipe in YAML; may be given often."
+        )
         parser.add_argument("--base", type=str | None, help="In a recipe: the recipe it builds on, relative to it.")
         return parser
 
@@ -138,10 +146,12 @@ def run(args: list[str] | None = None, execute: bool = True) -> CLI:
     quiet()
     for problem in names.install(*KINDS):
         print(f"moeprune: left out: {problem}", file=sys.stderr)
-    sys.argv[1:] = with_bases(sys.argv[1:] if args is None else args)
+    if args is not None:
+        sys.argv[1:] = args  # Lightning starts further processes of a run with these
     return CLI(
         MoELanguageModel,
         TextData,
+        args=with_bases(sys.argv[1:]),
         run=execute,
         save_config_callback=SaveConfig,
         seed_everything_default=0,
@@ -157,6 +167,7 @@ def quiet() -> None:
     """Silence messages that tell a user of this package nothing."""
     for pattern in (
         ".*LeafSpec.*",
+        ".*LightningCLI's args parameter.*",
         ".*does not have many workers.*",
         ".*compute.. method of metric.*was called before the ..update.*",
         ".*Checkpoint directory.*exists and is not empty.*",
@@ -167,7 +178,10 @@ def quiet() -> None:
 
     def wanted(record: logging.LogRecord) -> bool:
         text = record.getMessage()
-        return not any(part in text for part in ("Tip:", "litlogger", "TPU available", "`weights_only` was not set", "was configured so"))
+        return not any(
+            part in text
+            for part in ("Tip:", "litlogger", "TPU available", "`weights_only` was not set", "was configured so")
+        )
 
     for name in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.trainer.connectors.checkpoint_connector"):
         logging.getLogger(name).addFilter(wanted)

@@ -62,7 +62,9 @@ class Corpus:
         elif self._folder.is_dir():
             known = sorted({path.name.split(".")[0] for path in self._folder.glob("*.train.jsonl*")})
         else:
-            raise UserError(f"there is no data folder {source}; give 'embedded' or a folder of <domain>.<split>.jsonl files")
+            raise UserError(
+                f"there is no data folder {source}; give 'embedded' or a folder of <domain>.<split>.jsonl files"
+            )
         for domain in domains or ():
             if domain not in known:
                 raise UserError(f"there is no domain {domain!r} in {source}; known: {', '.join(known) or 'none'}")
@@ -75,7 +77,9 @@ class Corpus:
         for name in (f"{domain}.{split}.jsonl", f"{domain}.{split}.jsonl.xz"):
             if (self._folder / name).exists():
                 return self._folder / name
-        raise UserError(f"the data folder {self.source} lacks {domain}.{split}.jsonl; every domain needs {', '.join(SPLITS)}")
+        raise UserError(
+            f"the data folder {self.source} lacks {domain}.{split}.jsonl; every domain needs {', '.join(SPLITS)}"
+        )
 
     def texts(self, domain: str, split: str) -> Iterator[str]:
         """The documents' texts."""
@@ -83,8 +87,7 @@ class Corpus:
             yield from (document.text for document in embedded.documents(domain, split))
             return
         path = self._path(domain, split)
-        opened = lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else path.open(encoding="utf-8")
-        with opened as file:
+        with lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 try:
                     yield json.loads(line)["text"]
@@ -225,7 +228,9 @@ class TrainBatches:
             raise UserError(f"batch_size={batch_size} does not divide over {world_size} processes; change one")
         for domain in tokens:
             if len(domain) < seq_len + 2:
-                raise UserError(f"a domain has {len(domain)} training tokens, fewer than seq_len={seq_len} + 2; add text")
+                raise UserError(
+                    f"a domain has {len(domain)} training tokens, fewer than seq_len={seq_len} + 2; add text"
+                )
         self._tokens, self._seq_len, self._seed = tokens, seq_len, seed
         self._batch_size, self._n_batches = batch_size, n_batches
         self._rank, self._world_size = rank, world_size
@@ -241,13 +246,14 @@ class TrainBatches:
 
     def _row(self, row: int) -> NDArray[np.int64]:
         rng = np.random.default_rng((self._seed, row))
-        tokens = self._tokens[rng.integers(len(self._tokens))]
-        start = rng.integers(len(tokens) - self._seq_len)
-        return tokens[start : start + self._seq_len + 1].astype(np.int64)
+        tokens = self._tokens[int(rng.integers(len(self._tokens)))]
+        start = int(rng.integers(len(tokens) - self._seq_len))
+        window: NDArray[np.int64] = tokens[start : start + self._seq_len + 1].astype(np.int64)
+        return window
 
     def __iter__(self) -> Iterator[Tensor]:
-        step = self._position // self._batch_size
-        for step in range(step, (step // self._n_batches + 1) * self._n_batches):
+        first = self._position // self._batch_size
+        for step in range(first, (first // self._n_batches + 1) * self._n_batches):
             self._position = (step + 1) * self._batch_size
             yield self.batch(step)
 
@@ -294,10 +300,14 @@ class EvaluationBatches:
         for domain, ids in tokens.items():
             room = len(ids) - seq_len - 1
             if room < 0:
-                raise UserError(f"domain {domain!r} has {len(ids)} tokens to evaluate on, fewer than seq_len={seq_len} + 1")
+                raise UserError(
+                    f"domain {domain!r} has {len(ids)} tokens to evaluate on, fewer than seq_len={seq_len} + 1"
+                )
             starts = np.unique(np.linspace(0, room, n_sequences).astype(int))
             rows = np.stack([ids[start : start + seq_len + 1] for start in starts]).astype(np.int64)
-            self._batches += [(domain, torch.from_numpy(part)) for part in np.split(rows, range(batch_size, len(rows), batch_size))]
+            self._batches += [
+                (domain, torch.from_numpy(part)) for part in np.split(rows, range(batch_size, len(rows), batch_size))
+            ]
         self._batches = self._batches[rank::world_size]
 
     def __len__(self) -> int:
@@ -357,7 +367,9 @@ class TextData(pl.LightningDataModule):
         """What was trained on, for checkpoints."""
         return {"source": self.corpus.source, "domains": list(self.corpus.domains), "hash": self.corpus.content_hash()}
 
-    def training_batches(self, n_batches: int, seed: int | None = None, rank: int = 0, world_size: int = 1) -> TrainBatches:
+    def training_batches(
+        self, n_batches: int, seed: int | None = None, rank: int = 0, world_size: int = 1
+    ) -> TrainBatches:
         """`n_batches` training batches; another seed gives others, as calibration wants."""
         tokens = [self.store.tokens(domain, "train") for domain in self.corpus.domains]
         seed = self.seed if seed is None else seed

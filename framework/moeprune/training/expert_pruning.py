@@ -58,7 +58,11 @@ class ExpertPruning(pl.Callback):
         calibration_batches: int = 8,
         stop: bool = False,
     ) -> None:
-        for name, value in (("window", window), ("evidence_windows", evidence_windows), ("calibration_batches", calibration_batches)):
+        for name, value in (
+            ("window", window),
+            ("evidence_windows", evidence_windows),
+            ("calibration_batches", calibration_batches),
+        ):
             if value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
         if pruner is not None and trigger is None:
@@ -92,7 +96,8 @@ class ExpertPruning(pl.Callback):
         self._tokens = state_dict["tokens"]
         self._partial_state = state_dict["partial"]
         self._windows = [
-            LoadWindow(w["first"], w["last"], [loads.cpu().numpy() for loads in w["loads"]]) for w in state_dict["windows"]
+            LoadWindow(w["first"], w["last"], [loads.cpu().numpy() for loads in w["loads"]])
+            for w in state_dict["windows"]
         ]
 
     # -- hooks ---------------------------------------------------------------------------------------------------------
@@ -120,7 +125,12 @@ class ExpertPruning(pl.Callback):
             self._ask(trainer, module)
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int  # noqa: ARG002
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         """Count; close the window if it is full; ask the trigger once the optimizer has stepped."""
         module = _module(pl_module)
@@ -137,13 +147,15 @@ class ExpertPruning(pl.Callback):
             self._log_window(trainer, module)
         self._ask(trainer, module)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave complete files."""
         if trainer.is_global_zero:
             self._loads_file.flush()
             self._events_file.flush()
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """Rows up to a checkpoint are on disk before it."""
         self.on_train_end(trainer, pl_module)
 

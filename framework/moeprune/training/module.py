@@ -120,7 +120,7 @@ class MoELanguageModel(pl.LightningModule):
         logits: Tensor = self.transformer(tokens)
         return logits
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:  # noqa: ARG002
+    def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:
         """Cross-entropy plus balancing terms; also hands out the layers' counts, for the load windows.
 
         Raises:
@@ -136,7 +136,7 @@ class MoELanguageModel(pl.LightningModule):
         self.log("train_loss", loss.detach(), prog_bar=True)
         return {"loss": total, "lm_loss": loss.detach(), "counts": [routing.counts for routing in routings]}
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: ARG002
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Stop a run that has diverged before it writes NaN into the weights."""
         for index, layer in enumerate(self.transformer.moe_layers):
             for parameter in layer.router.parameters():
@@ -160,7 +160,7 @@ class MoELanguageModel(pl.LightningModule):
         self.log_dict({f"{name}/{domain}": loss for domain, loss in zip(domains, losses, strict=True)})
         self._domain_metrics = {}
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:  # noqa: ARG002
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Loss by domain."""
         self._evaluate(batch)
 
@@ -168,7 +168,7 @@ class MoELanguageModel(pl.LightningModule):
         """Log `val_loss` and `val_loss/<domain>`."""
         self._report("val_loss")
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:  # noqa: ARG002
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Loss by domain."""
         self._evaluate(batch)
 
@@ -176,10 +176,10 @@ class MoELanguageModel(pl.LightningModule):
         """Log `test_loss` and `test_loss/<domain>`."""
         self._report("test_loss")
 
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:  # noqa: ARG002
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """[B, S] log-probability of each token given those before it."""
         tokens = batch["tokens"]
-        logits = self(tokens[:, :-1]).float()
+        logits: Tensor = self(tokens[:, :-1]).float()
         return logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
 
     def schedule(self, step: int) -> float:

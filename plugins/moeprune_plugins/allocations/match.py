@@ -29,7 +29,10 @@ class Match(Allocation):
         self.needs = pruner.needs
 
     def allocate(
-        self, scores: Sequence[NDArray[np.float64]], evidence: Evidence, constraints: Constraints  # noqa: ARG002
+        self,
+        scores: Sequence[NDArray[np.float64]],
+        evidence: Evidence,
+        constraints: Constraints,
     ) -> list[int]:
         """The other pruner's numbers, per layer or spread evenly."""
         n_kept = list(self.pruner.plan(evidence, constraints).n_kept)
@@ -37,6 +40,8 @@ class Match(Allocation):
             return n_kept
         share, rest = divmod(sum(n_kept), len(n_kept))
         return [
-            constraints.nearest_at_least(share + (index < rest), len(layer.ids), evidence.top_k, layer.n_original, index)
+            constraints.nearest_at_least(
+                share + (index < rest), len(layer.ids), evidence.top_k, layer.n_original, index
+            )
             for index, layer in enumerate(evidence.layers)
         ]

@@ -31,12 +31,19 @@ class Uniform(Allocation):
         self.ratio = ratio
 
     def allocate(
-        self, scores: Sequence[NDArray[np.float64]], evidence: Evidence, constraints: Constraints  # noqa: ARG002
+        self,
+        scores: Sequence[NDArray[np.float64]],
+        evidence: Evidence,
+        constraints: Constraints,
     ) -> list[int]:
         """E - int(E * ratio) per layer, raised to the next allowed number."""
         return [
             constraints.nearest_at_least(
-                len(layer.ids) - int(len(layer.ids) * self.ratio), len(layer.ids), evidence.top_k, layer.n_original, index
+                len(layer.ids) - int(len(layer.ids) * self.ratio),
+                len(layer.ids),
+                evidence.top_k,
+                layer.n_original,
+                index,
             )
             for index, layer in enumerate(evidence.layers)
         ]

@@ -17,6 +17,6 @@ class Load(Criterion):
 
     needs = frozenset({"counts"})
 
-    def score(self, layer: LayerEvidence, index: int) -> NDArray[np.float64]:  # noqa: ARG002
+    def score(self, layer: LayerEvidence, index: int) -> NDArray[np.float64]:
         """[E] tokens."""
         return layer.counts.astype(np.float64)

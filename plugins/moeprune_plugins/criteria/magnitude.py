@@ -17,7 +17,7 @@ class Magnitude(Criterion):
 
     needs = frozenset({"weights"})
 
-    def score(self, layer: LayerEvidence, index: int) -> NDArray[np.float64]:  # noqa: ARG002
+    def score(self, layer: LayerEvidence, index: int) -> NDArray[np.float64]:
         """[E] norms."""
-        square = sum(layer.weights[name].detach().double().square().sum((1, 2)) for name in ("gate_up", "down"))
-        return np.asarray(square.sqrt().cpu())  # type: ignore[union-attr]
+        gate_up, down = (layer.weights[name].detach().double() for name in ("gate_up", "down"))
+        return np.asarray((gate_up.square().sum((1, 2)) + down.square().sum((1, 2))).sqrt().cpu())

@@ -18,6 +18,6 @@ class Taylor(Criterion):
 
     needs = frozenset({"taylor"})
 
-    def score(self, layer: LayerEvidence, index: int) -> NDArray[np.float64]:  # noqa: ARG002
+    def score(self, layer: LayerEvidence, index: int) -> NDArray[np.float64]:
         """[E] sums."""
         return np.asarray(layer.stats["taylor"], dtype=np.float64)

@@ -59,7 +59,9 @@ class LAEP(Pruner):
         kept = []
         for index, layer in enumerate(evidence.layers):
             if not layer.counts.any():
-                raise UserError(f"layer {index} received no tokens: all its counts are 0; record loads over a longer window")
+                raise UserError(
+                    f"layer {index} received no tokens: all its counts are 0; record loads over a longer window"
+                )
             survivors = set(layer.ids) - set(cut_by_rule(layer, alphas[index], betas[index]))
             size = layer.n_original // constraints.n_groups
             busiest = max(sum(i // size == group for i in survivors) for group in range(constraints.n_groups))

@@ -17,7 +17,11 @@ class Offline(Suite):
 
     def metrics(self) -> Mapping[str, str]:
         """One metric per task."""
-        return {task: "doc_bpb" if family == "bits per byte" else "acc" for family, tasks in self.families().items() for task in tasks}
+        return {
+            task: "doc_bpb" if family == "bits per byte" else "acc"
+            for family, tasks in self.families().items()
+            for task in tasks
+        }
 
     def task_folder(self) -> Path:
         """The task files of this package."""

@@ -120,9 +120,7 @@ def _place(rows: Sequence[Row], rng: random.Random) -> list[Row]:
         choices = list(row["others"])
         rng.shuffle(choices)
         choices.insert(label, row["gold"])
-        placed.append(
-            {"source": row["source"], "context": row["context"], "choices": choices, "label": label}
-        )
+        placed.append({"source": row["source"], "context": row["context"], "choices": choices, "label": label})
     return placed
 
 
