@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import yaml
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from moeprune import names
+from moeprune.cli import Sentences, read_recipe
 from moeprune.errors import UserError
 from moeprune.training.callbacks import LastCheckpoint, RandomState, RunRecorder
 from moeprune.training.data import TextData
@@ -45,18 +46,8 @@ class SaveConfig(SaveConfigCallback):
         super().setup(trainer, pl_module, stage)
 
 
-class Parser(LightningArgumentParser):
+class Parser(Sentences, LightningArgumentParser):  # type: ignore[misc]
     """Errors as one sentence."""
-
-    def error(self, message: str, ex: Exception | None = None) -> Any:
-        """Raise instead of printing the usage.
-
-        Raises:
-            UserError: always.
-        """
-        from moeprune.cli import explain
-
-        raise UserError(explain(message)) from ex
 
 
 class CLI(LightningCLI):
@@ -77,6 +68,19 @@ class CLI(LightningCLI):
         )
         parser.add_argument("--base", type=str | None, help="In a recipe: the recipe it builds on, relative to it.")
         return parser
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """As Lightning does.
+
+        Raises:
+            UserError: options that Lightning's Trainer refuses.
+        """
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except UserError:
+            raise
+        except (ValueError, MisconfigurationException) as error:
+            raise UserError(f"trainer: {' '.join(str(error).split())}") from error
 
     def _parse_ckpt_path(self) -> None:
         """LightningCLI would let hyper-parameters stored in the checkpoint override YAML and command line silently."""
@@ -111,26 +115,9 @@ def lineage(path: Path, heirs: tuple[Path, ...] = ()) -> list[Path]:
     base = read_recipe(path).get("base")
     if base is None:
         return [path]
+    if not isinstance(base, str):
+        raise UserError(f"base: {base!r} in the recipe {path} is no path; give the recipe it builds on")
     return [*lineage(path.parent / base, (*heirs, path.resolve())), path]
-
-
-def read_recipe(path: Path) -> dict[str, Any]:
-    """A recipe as plain data.
-
-    Raises:
-        UserError: no such file, or no YAML mapping; file and line are named.
-    """
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"there is no recipe at {path}; check the path") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        at = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UserError(f"YAML error in {path}{at}: {getattr(error, 'problem', None) or 'not readable'}") from error
-    if not isinstance(data, dict):
-        raise UserError(f"the recipe {path} is no YAML mapping of options")
-    return data
 
 
 def run(args: list[str] | None = None, execute: bool = True) -> CLI:

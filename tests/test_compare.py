@@ -1,0 +1,211 @@
+"""Comparisons: results, statistics, a failing variant, an interruption, another comparison in the folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_training import RECIPE
+
+from moeprune.cli import main
+from moeprune.compare.results import NO_DIFFERENCE, difference, mean_and_stderr
+
+LAEP = {"class_path": "laep", "init_args": {"beta": 0.3}}
+COMPARISON: dict[str, Any] = {
+    "name": "tiny",
+    "recipe": "tiny.yaml",
+    "reference": "base",
+    "limit": 2,
+    "workers": 2,
+    "trunk": {"pruning": {"trigger": {"class_path": "at_step", "init_args": {"step": 8}}}},
+    "variants": {
+        "base": {"label": "no pruning"},
+        "laep": {"config": {"pruning": {"pruner": LAEP}}},
+        "random": {
+            "config": {
+                "pruning": {
+                    "pruner": {
+                        "class_path": "random",
+                        "init_args": {"allocation": {"class_path": "match", "init_args": {"pruner": LAEP}}},
+                    }
+                }
+            }
+        },
+        "switch": {"start": "scratch", "config": {"model": {"balancers": ["switch"]}}},
+        "drift": {"drift": True, "config": {"data": {"seed": 1}}},
+        "untrained": {"start": "untrained"},
+    },
+}
+
+
+def write(folder: Path, corpus: Path, comparison: dict[str, Any]) -> Path:
+    recipe = {**RECIPE, "data": {**RECIPE["data"], "source": str(corpus), "seq_len": 160}}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    (folder / "compare.yaml").write_text(yaml.safe_dump(comparison, sort_keys=False))
+    return folder / "compare.yaml"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    folder = tmp_path_factory.mktemp("compare")
+    assert main(["compare", f"--config={write(folder, corpus, COMPARISON)}", f"--output={folder / 'out'}"]) == 0
+    return folder
+
+
+def results(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "out" / "results.json").read_text())  # type: ignore[no-any-return]
+
+
+def test_results_hold_every_variant(finished: Path) -> None:
+    found = results(finished)
+    assert found["trunk"]["step"] == 8
+    rows = {row["name"]: row for row in found["variants"]}
+    assert list(rows) == list(COMPARISON["variants"])
+    assert all(row["status"] == "done" for row in rows.values())
+    assert rows["laep"]["experts_kept"] == rows["random"]["experts_kept"] != [8, 8]
+    assert all(share < 0.3 for share in rows["laep"]["removed_load"])
+    assert rows["laep"]["parameters_kept"] < 1 == rows["base"]["parameters_kept"]
+    assert rows["laep"]["active_parameters"] < rows["laep"]["parameters"]
+    assert rows["base"]["vs_reference"] is None
+    assert rows["laep"]["jump"]["value"] == pytest.approx(
+        rows["laep"]["val_loss"]["after"]["mean"] - rows["laep"]["val_loss"]["before"]["mean"]
+    )
+    assert rows["laep"]["val_loss"]["before"] == rows["random"]["val_loss"]["before"]  # one trunk
+    assert rows["laep"]["history"]["step"] == list(range(9, 21))  # equal steps after the trunk
+    assert rows["switch"]["history"]["step"] == list(range(1, 21))
+    assert rows["laep"]["vs_reference"]["noise"] == pytest.approx(abs(rows["drift"]["vs_reference"]["value"]))
+    assert rows["untrained"]["speed"] is None
+    assert rows["laep"]["speed"]["ratio"]["median"] > 0
+    assert rows["untrained"]["val_loss"]["end"]["mean"] > rows["base"]["val_loss"]["end"]["mean"]
+    assert rows["laep"]["memory"]["optimizer_bytes"] >= 2 * 4 * rows["laep"]["parameters"]
+    assert {len(row["scores"]) for row in rows.values()} == {15}
+
+
+def test_files(finished: Path) -> None:
+    for name in ("report.html", "report.md", "results.json", "laep/plan.json", "laep/config.yaml", "trunk/trunk.ckpt"):
+        assert (finished / "out" / name).stat().st_size > 0, name
+    plan = json.loads((finished / "out" / "laep" / "plan.json").read_text())
+    assert plan["kept"]
+
+
+def test_second_call_reuses_everything(finished: Path, corpus: Path) -> None:
+    stamps = {p: p.stat().st_mtime_ns for p in (finished / "out").rglob("last.ckpt")}
+    before = results(finished)
+    assert main(["compare", f"--config={finished / 'compare.yaml'}", f"--output={finished / 'out'}"]) == 0
+    assert stamps == {p: p.stat().st_mtime_ns for p in (finished / "out").rglob("last.ckpt")}
+    after = results(finished)
+    assert after["variants"] == before["variants"]
+
+
+def test_another_comparison_in_the_folder_is_refused(
+    finished: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write(tmp_path, corpus, {**COMPARISON, "limit": 3})
+    assert main(["compare", f"--config={config}", f"--output={finished / 'out'}"]) == 2
+    assert "other limit" in capsys.readouterr().err
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("do not lose")
+    assert main(["compare", f"--config={config}", f"--output={tmp_path / 'mine'}"]) == 2
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "do not lose"
+
+
+def test_failing_variant_leaves_the_others_alone(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It asks for constraints that no plan can meet; the report has it as failed, the others are done."""
+    broken = {"config": {"pruning": {"pruner": LAEP, "constraints": {"multiple_of": 3, "min_keep": 7}}}}
+    variants = {"base": {}, "broken": broken, "laep": COMPARISON["variants"]["laep"]}
+    config = write(tmp_path, corpus, {**COMPARISON, "variants": variants})
+    assert main(["compare", f"--config={config}", f"--output={tmp_path / 'out'}"]) == 1
+    rows = {row["name"]: row for row in results(tmp_path)["variants"]}
+    assert [rows[name]["status"] for name in variants] == ["done", "failed", "done"]
+    assert "multiple_of=3" in rows["broken"]["error"]
+    assert "multiple_of=3" in (tmp_path / "out" / "report.html").read_text()
+    assert "failed: broken" in capsys.readouterr().out
+
+
+def test_killed_comparison_continues(finished: Path, corpus: Path, tmp_path: Path) -> None:
+    """SIGKILL to the comparison and all its runs in the middle of the variants; called again, it ends with the same results."""
+    config = write(tmp_path, corpus, COMPARISON)
+    command = [sys.executable, "-m", "moeprune", "compare", f"--config={config}", f"--output={tmp_path / 'out'}"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.time() + 120
+    while not (tmp_path / "out" / "trunk" / "result.json").exists() and time.time() < deadline:
+        time.sleep(0.2)
+    time.sleep(1.5)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out" / "results.json").exists()
+    trunk = (tmp_path / "out" / "trunk" / "trunk.ckpt").stat().st_mtime_ns
+    assert main(["compare", f"--config={config}", f"--output={tmp_path / 'out'}"]) == 0
+    assert (tmp_path / "out" / "trunk" / "trunk.ckpt").stat().st_mtime_ns == trunk
+    ours, theirs = results(tmp_path), results(finished)
+    for one, other in zip(ours["variants"], theirs["variants"], strict=True):
+        assert one["val_loss"] == other["val_loss"]
+        assert one["experts_kept"] == other["experts_kept"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"reference": "bose"}, "base"),
+        ({"variants": {"base": {}, "a": {"config": {"pruning": {"pruner": "lape"}}}}}, "laep"),
+        ({"suite": "ofline"}, "offline"),
+        ({"limit": 0}, "limit"),
+        ({"workers": 0}, "workers"),
+        ({"recipe": "nowhere.yaml"}, "nowhere.yaml"),
+        ({"variants": {"base": {"start": "untrained"}}}, "untrained"),
+        ({"variants": {"trunk": {}, "base": {}}}, "trunk"),
+    ],
+)
+def test_bad_comparison(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], words: str
+) -> None:
+    config = write(tmp_path, corpus, {**COMPARISON, **change})
+    assert main(["compare", f"--config={config}", f"--output={tmp_path / 'out'}"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("moeprune: error: ")
+    assert words in error
+    assert "\n" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_difference_words() -> None:
+    rng = np.random.default_rng(0)
+    base = rng.normal(4, 1, 400)
+    assert difference(base + rng.normal(0, 0.1, 400), base)["verdict"] == NO_DIFFERENCE
+    assert difference(base + rng.normal(0.05, 0.1, 400), base)["verdict"] == "higher"
+    assert difference(base - 0.05 + rng.normal(0, 0.1, 400), base)["verdict"] == "lower"
+    assert difference(base + rng.normal(0.05, 0.1, 400), base, noise=0.04)["verdict"] == NO_DIFFERENCE
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.tuples(st.integers(0, 2), st.floats(-5, 5), st.floats(-5, 5)), min_size=2, max_size=40))
+def test_difference_weighs_strata_equally(rows: list[tuple[int, float, float]]) -> None:
+    strata, a, b = (list(column) for column in zip(*rows, strict=True))
+    found = difference(a, b, strata)
+    means = [np.mean([x - y for s, x, y in rows if s == stratum]) for stratum in set(strata)]
+    assert found["value"] == pytest.approx(np.mean(means), abs=1e-9)
+    groups = [[x - y for s, x, y in rows if s == stratum] for stratum in sorted(set(strata))]
+    assert (found["value"], found["stderr"]) == pytest.approx(mean_and_stderr(groups), abs=1e-9)
+
+
+def test_interval_covers_the_truth() -> None:
+    """Over 400 repetitions a 95 % interval around a true difference of 0 leaves it out about 5 % of the time."""
+    rng = np.random.default_rng(1)
+    wrong = sum(
+        difference(rng.normal(0, 1, 60), np.zeros(60), [0] * 30 + [1] * 30)["verdict"] != NO_DIFFERENCE
+        for _ in range(400)
+    )
+    assert 8 <= wrong <= 40

@@ -1,0 +1,130 @@
+"""Batches: a function of seed and step, on any number of ranks, resumable; caches that are never stale."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moeprune.errors import UserError
+from moeprune.training.data import Corpus, EvaluationBatches, TextData, TokenStore, TrainBatches
+
+TOKENS = [np.arange(100, dtype=np.uint16), np.arange(1000, 1400, dtype=np.uint16)]
+
+
+def batches(rank: int = 0, world: int = 1, n: int = 6, seed: int = 0) -> TrainBatches:
+    return TrainBatches(TOKENS, 8, 4, n, seed, rank, world)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 6), st.sampled_from([1, 2, 4]))
+def test_resume_goes_on_with_the_next_batch(done: int, world: int) -> None:
+    """Stopped after any number of batches, also at the end of an epoch, and resumed on any number of ranks."""
+    first = batches()
+    taken = [batch for batch, _ in zip(first, range(done), strict=False)]
+    resumed = [batches(rank, world) for rank in range(world)]
+    for one in resumed:
+        one.load_state_dict({"sequences": 4 * len(taken)})
+    left = [list(one) for one in resumed]
+    begin = done if done < 6 else 6
+    expected = [batches().batch(step) for step in range(begin, 12 if begin == 6 else 6)]
+    assert len(left[0]) == len(expected)
+    for step, whole in enumerate(expected):
+        rows = torch.stack([left[row % world][step][row // world] for row in range(4)])
+        assert torch.equal(rows, whole)
+
+
+def test_state_counts_batches_handed_out() -> None:
+    it = batches()
+    for number, _ in enumerate(it, 1):
+        assert it.state_dict() == {"sequences": 4 * number}
+
+
+def test_windows_are_consecutive_text_of_one_domain() -> None:
+    domains = set()
+    for batch in batches(n=20):
+        assert batch.shape == (4, 9)
+        assert bool((batch.diff(dim=1) == 1).all())
+        domains |= set((batch[:, 0] >= 1000).tolist())
+    assert domains == {True, False}
+
+
+def test_other_seed_other_batches() -> None:
+    assert not torch.equal(batches(seed=0).batch(0), batches(seed=1).batch(0))
+    assert not torch.equal(batches().batch(0), batches().batch(1))
+
+
+def test_evaluation_is_dealt_out_without_loss() -> None:
+    tokens = {"a": TOKENS[0], "b": TOKENS[1]}
+    whole = list(EvaluationBatches(tokens, 8, 3, 7))
+    dealt = [list(EvaluationBatches(tokens, 8, 3, 7, rank, 2)) for rank in range(2)]
+    assert len(whole) == 6
+    assert sum(len(b["tokens"]) for b in whole) == 14
+    key = [(b["domain"], b["tokens"].tolist()) for b in whole]
+    assert sorted(key) == sorted((b["domain"], b["tokens"].tolist()) for part in dealt for b in part)
+
+
+def test_store_round_trip_and_unigrams(corpus: Path) -> None:
+    store = TokenStore(Corpus(str(corpus)), 300)
+    text = next(iter(Corpus(str(corpus)).texts("sky", "train")))
+    ids = store.tokens("sky", "train")[: len(store.tokenizer.encode(text).ids)]
+    assert store.tokenizer.decode(ids.tolist()) == text
+    assert store.tokens("sky", "train")[-1] == store.tokenizer.token_to_id("<|endoftext|>") == 0
+    share = store.log_unigrams().double().exp() - 1e-6
+    assert share.sum().item() == pytest.approx(1, abs=1e-3)
+
+
+def test_cache_is_reused_and_never_stale(corpus: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "corpus"
+    shutil.copytree(corpus, folder)
+    one = TokenStore(Corpus(str(folder)), 300, tmp_path / "cache")
+    stamp = (one.folder / "sky.train.bin").stat().st_mtime_ns
+    assert TokenStore(Corpus(str(folder)), 300, tmp_path / "cache").folder == one.folder
+    assert (one.folder / "sky.train.bin").stat().st_mtime_ns == stamp
+    with (folder / "sky.valid.jsonl").open("a") as file:
+        file.write(json.dumps({"text": "a new document of words"}) + "\n")
+    other = TokenStore(Corpus(str(folder)), 300, tmp_path / "cache")
+    assert other.folder != one.folder
+    assert len(other.tokens("sky", "valid")) > len(one.tokens("sky", "valid"))
+    assert TokenStore(Corpus(str(folder), ["code"]), 300, tmp_path / "cache").folder not in (one.folder, other.folder)
+    assert not list((tmp_path / "cache").glob(".new-*"))
+
+
+def test_bad_data(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no data folder"):
+        Corpus(str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="no domain 'moon'"):
+        Corpus(str(corpus), ["moon"])
+    with pytest.raises(UserError, match="holds no"):
+        Corpus(str(tmp_path))
+    with pytest.raises(UserError, match="vocab_size"):
+        TokenStore(Corpus(str(corpus)), 100)
+    with pytest.raises(UserError, match="batch_size=4 does not divide over 3"):
+        TrainBatches(TOKENS, 8, 4, 6, 0, 0, 3)
+    with pytest.raises(UserError, match="fewer than seq_len"):
+        TrainBatches(TOKENS, 200, 4, 6, 0)
+    with pytest.raises(UserError, match="no multiple of batch_size=4"):
+        batches().load_state_dict({"sequences": 6})
+    (tmp_path / "x.train.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match=r"line 1 of .*x\.train\.jsonl"):
+        list(Corpus(str(tmp_path)).texts("x", "train"))
+    with pytest.raises(UserError, match=r"lacks x\.valid"):
+        list(Corpus(str(tmp_path)).texts("x", "valid"))
+    with pytest.raises(UserError, match="seq_len must be at least 1"):
+        TextData(seq_len=0)
+
+
+def test_full_disk_leaves_no_half_cache(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(UserError, match="No space left"):
+        TokenStore(Corpus(str(corpus)), 301, tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
