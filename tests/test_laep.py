@@ -188,3 +188,4 @@ def test_random_is_seeded() -> None:
 
 def test_stable_name() -> None:
     assert moeprune.create("pruner", "laep", alpha=0.4, beta=0.2).describe()["alpha"] == 0.4
+    assert moeprune.create("pruner", "laep").describe()["alpha"] == "inf"  # JSON has no infinity

@@ -99,10 +99,10 @@ def call(name: str, command: Callable[..., Any], args: list[str], kinds: tuple[s
     return command(**options)
 
 
-class ArgumentProblem(UserError):
-    """What is wrong with one argument: its dotted key ('' if there is none) and the reason."""
+class ArgumentError(UserError):
+    """What is wrong with one argument: the reason, and its dotted key ('' if there is none)."""
 
-    def __init__(self, key: str, reason: str) -> None:
+    def __init__(self, reason: str, key: str = "") -> None:
         super().__init__(f"{key}: {reason}" if key else reason)
         self.key, self.reason = key, reason
 
@@ -114,7 +114,7 @@ class Sentences:
         """Raise `message` as a sentence.
 
         Raises:
-            ArgumentProblem: always.
+            ArgumentError: always.
         """
         raise explain(self, message, ex) from ex
 
@@ -133,7 +133,7 @@ class Sentences:
             raise
 
 
-def explain(parser: Any, message: str, error: BaseException | None) -> ArgumentProblem:
+def explain(parser: Any, message: str, error: BaseException | None) -> ArgumentError:
     """What jsonargparse says, which is exact but long, as one sentence.
 
     Its errors are chained: each names the key that it adds, a union's cause is what its first member said, and the last
@@ -143,10 +143,12 @@ def explain(parser: Any, message: str, error: BaseException | None) -> ArgumentP
     union = ""
     leaf = message
     for cause in _causes(error):
-        if isinstance(cause, ArgumentProblem):
-            return ArgumentProblem(".".join(filter(None, [*keys, cause.key])), cause.reason)
+        if str(cause).startswith("\n- Expected a path but"):
+            continue  # a copy of its cause, with this in front
+        if isinstance(cause, ArgumentError):
+            return ArgumentError(cause.reason, ".".join(filter(None, [*keys, cause.key])))
         if isinstance(cause, UserError):
-            return ArgumentProblem(".".join(keys), str(cause))
+            return ArgumentError(str(cause), ".".join(keys))
         leaf = str(cause)
         parser = getattr(cause, "subcommand_parser", parser)
         if key := re.match(r'Parser key "([^"]+)"', leaf):
@@ -157,7 +159,7 @@ def explain(parser: Any, message: str, error: BaseException | None) -> ArgumentP
         elif leaf.startswith("Problem with given class_path"):
             break  # what an import had to say is in it
     key_path = ".".join(keys)
-    return ArgumentProblem(key_path, _reason(parser, key_path, leaf, union))
+    return ArgumentError(_reason(parser, key_path, leaf, union), key_path)
 
 
 def _reason(parser: Any, key: str, leaf: str, union: str) -> str:
@@ -170,7 +172,8 @@ def _reason(parser: Any, key: str, leaf: str, union: str) -> str:
     if match := re.match(r"(?:Subcommand|Group|Option) '([^']+)'.*?(?:accept option '([^']+)'|is not accepted)", leaf):
         option = match[2] or match[1]
         prefix = f"{match[1]}." if leaf.startswith("Group") else ""
-        return _unknown(prefix + option, [a.dest for a in parser._actions if not a.dest.endswith((".help", "_shtab"))])
+        dests = [action.dest for action in parser._actions]
+        return _unknown(prefix + option, [d for d in dests if not re.fullmatch(r"(.*\.)?help|print_shtab", d)])
     if match := re.match(r"(?:the following arguments are required|Key \S+ is required).*?: (.*)", leaf):
         return f"missing: {match[1]}; give a value"
     if kind := _kind(parser, key):
@@ -197,7 +200,7 @@ def _reason(parser: Any, key: str, leaf: str, union: str) -> str:
         nested = re.match(r"NestedArg\(key='[^']*', val=(.*)\)$", value or "")
         value = nested[1] if nested else value
         return f"expected {_types(types)}, got {value if value and value[0] in LITERALS else repr(value)}"
-    return " ".join(leaf.split())
+    return " ".join(leaf.partition("\nSubclass types expect")[0].split())
 
 
 def _unknown(option: str, known: list[str]) -> str:

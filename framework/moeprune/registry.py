@@ -77,8 +77,8 @@ class Entry:
             loaded = getattr(import_module(module), attribute)
         except Exception as error:  # whatever a third party's module does on import is theirs; name it and go on
             raise UserError(
-                f"plug-in {self.name!r} ({self.kind}, {self}) could not be loaded: {type(error).__name__}: {error}; "
-                f"mend or uninstall {self.distribution}"
+                f"plug-in {self.name!r} ({self.kind}, {self}) could not be loaded: {type(error).__name__}: "
+                f"{' '.join(str(error).split())}; mend or uninstall {self.distribution}"
             ) from error
         base = contract(self.kind)
         if not (isinstance(loaded, type) and issubclass(loaded, base)):
@@ -171,12 +171,17 @@ def _known_kind(kind: str) -> str:
 @cache
 def _scan() -> tuple[Entry, ...]:
     groups = {f"moeprune.{kind}s": kind for kind in KINDS}
-    found = set()
+    found: list[Entry] = []
+    seen: set[str] = set()  # of two copies of a distribution on the path the first counts, as it does for imports
     for distribution in distributions():
-        for point in distribution.entry_points:
-            if point.group in groups:
-                name = distribution.metadata["Name"]
-                found.add(Entry(groups[point.group], point.name, point.value, name, distribution.version))
+        points = [point for point in distribution.entry_points if point.group in groups]
+        if points:
+            # metadata can be missing where an uninstall was cut short
+            name = str((distribution.metadata and distribution.metadata["Name"]) or "a distribution without a name")
+            version = str((distribution.metadata and distribution.metadata["Version"]) or "of unknown version")
+            if name not in seen:
+                found += [Entry(groups[p.group], p.name, p.value.replace(" ", ""), name, version) for p in points]
+            seen.add(name)
     return tuple(sorted(found))
 
 

@@ -76,6 +76,8 @@ def command(
     folder = output or Path("runs") / name
     runner.prepare(comparison, folder, overwrite)
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)  # into a file or pipe: the width of the widest table
     console.print(
         f"comparing {len(variants)} variants of {recipe}, {workers} at a time; logs in {folder}/<variant>/log.txt"
     )

@@ -54,6 +54,7 @@ def gather(
             "status": "failed" if name in failed else "done",
             "error": failed.get(name),
             "start": variant.start,
+            "drift": variant.drift,
         }
         if name in done:
             other = None if name == comparison.reference or reference is None else reference
@@ -120,7 +121,7 @@ def _row(
             "vs_reference": difference(score["documents"], other["documents"], noise=noise.get(task)) if other else None
         }
     return {
-        "pruner": _pruner_text(config),
+        "pruner": _described(event["plan"]["provenance"]["pruner"]) if event else None,
         "balancers": [
             b if isinstance(b, str) else b["class_path"] for b in config.get("model", {}).get("balancers", [])
         ],
@@ -227,22 +228,12 @@ def _trunk(comparison: Comparison, folder: Path) -> dict[str, Any] | None:
     }
 
 
-def _pruner_text(config: dict[str, Any]) -> str | None:
-    """The pruner as one would write it in Python."""
-    pruner = (config.get("pruning") or {}).get("pruner")
-    if pruner is None:
-        return None
-    name, options = (pruner, {}) if isinstance(pruner, str) else (pruner["class_path"], pruner.get("init_args", {}))
-    made = registry.lookup("pruner", name).load() if "." not in name else None
-    shown = ", ".join(f"{key}={_short(value)}" for key, value in options.items())
-    return f"{made.__name__ if made else name}({shown})"
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, dict) and "class_path" in value:
-        inner = ", ".join(f"{k}={_short(v)}" for k, v in value.get("init_args", {}).items())
-        return f"{value['class_path']}({inner})"
-    return str(value)
+def _described(strategy: Any) -> str:
+    """A strategy's `describe()` as one would write it in Python."""
+    if not isinstance(strategy, dict) or "class" not in strategy:
+        return str(strategy)
+    options = ", ".join(f"{key}={_described(value)}" for key, value in strategy.items() if key != "class")
+    return f"{strategy['class'].rpartition('.')[2]}({options})"
 
 
 def _processor() -> str:

@@ -233,7 +233,7 @@ def _difference_to(
     ran: Sequence[Variant],
     looks: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """The lower panel of `loss_curves`."""
+    """The lower panel of `loss_curves`: variants that saw the same text as the reference, drift controls did not."""
     known = dict(zip(base["history"]["step"], base["history"]["loss"], strict=True)) if base else {}
     last = max(known, default=prune)
     until = prune + max(30, round(0.5 * (last - prune)))
@@ -242,7 +242,11 @@ def _difference_to(
         pairs = [
             (step, loss - known[step])
             for step, loss in zip(v["history"]["step"], v["history"]["loss"], strict=True)
-            if v["start"] == "trunk" and v is not base and step <= until and None not in (loss, known.get(step))
+            if v["start"] == "trunk"
+            and not v.get("drift")
+            and v is not base
+            and step <= until
+            and None not in (loss, known.get(step))
         ]
         if pairs:
             steps, values = [prune, *(p[0] for p in pairs)], _smooth([p[1] for p in pairs], width)

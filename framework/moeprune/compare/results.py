@@ -4,10 +4,11 @@
       "format": "moeprune.results/1",
       "name": str, "created": ISO 8601, "seconds": wall seconds of computing,
       "versions": {package: version}, "machine": {"processor": str, "cores": int, "workers": int},
-      "model": {"parameters": int, "layers": L, "experts": E, "top_k": K, "steps": int, "tokens_per_step": int},
+      "model": {"parameters": int, "layers": L, "experts": E, "top_k": K, "steps": int, "tokens_per_step": int,
+                "seed": int},
       "domains": [str], "reference": name of the variant that the others are compared with,
       "suite": str, "limit": int | null, "families": {family: [task]},
-      "trunk": {"step": int, "tokens": int, "reason": str, "history": HISTORY, "loads": LOADS},
+      "trunk": {"step": int, "tokens": int, "reason": str, "history": HISTORY, "loads": LOADS} | null,
       "variants": [VARIANT]
     }
 
@@ -19,7 +20,7 @@
 
     VARIANT  {
       "name": str, "label": str, "status": "done" | "failed", "error": str | null,
-      "start": "trunk" | "scratch" | "untrained",
+      "start": "trunk" | "scratch" | "untrained", "drift": bool,
       ... and if done:
       "pruner": str | null, "balancers": [str],
       "parameters": int, "parameters_kept": share of the unpruned model's, "active_parameters": per token,

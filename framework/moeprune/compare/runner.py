@@ -151,6 +151,7 @@ def _finish(each: _Running, folder: Path, failed: dict[str, str], progress: Prog
     if each.process.exitcode == 0 and (place / "result.json").exists():
         progress.update(each.row, total=1, completed=1, state="done")
         progress.stop_task(each.row)
+        _say(progress, f"{each.name}: done after {progress.tasks[each.row].elapsed or 0:.0f} s")
         return
     code = each.process.exitcode
     message = f"killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
@@ -159,6 +160,13 @@ def _finish(each: _Running, folder: Path, failed: dict[str, str], progress: Prog
     failed[each.name] = message
     progress.update(each.row, state=f"failed: {message[:60]}")
     progress.stop_task(each.row)
+    _say(progress, f"{each.name}: failed: {message}")
+
+
+def _say(progress: Progress, line: str) -> None:
+    """Progress for a file or pipe, where bars are drawn at the end only."""
+    if not progress.console.is_terminal:
+        progress.console.print(line, markup=False, soft_wrap=True)
 
 
 def _show(progress: Progress, each: _Running, folder: Path) -> None:

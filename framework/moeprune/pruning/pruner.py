@@ -11,6 +11,7 @@ Most pruners are a criterion and an allocation: derive from `ScorePruner`. A pru
 from __future__ import annotations
 
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -27,19 +28,25 @@ from moeprune.pruning.plan import PrunePlan
 class _Described:
     """repr and `describe()` from the constructor's arguments, which strategies keep as attributes of the same name."""
 
+    def _options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters if hasattr(self, name)}
+
     def describe(self) -> dict[str, Any]:
         """Class and options as plain data, for provenance."""
-        options = {
-            name: getattr(self, name) for name in inspect.signature(type(self)).parameters if hasattr(self, name)
-        }
-        return {
-            "class": f"{type(self).__module__}.{type(self).__qualname__}",
-            **{k: v.describe() if isinstance(v, _Described) else v for k, v in options.items()},
-        }
+        name = f"{type(self).__module__}.{type(self).__qualname__}"
+        return {"class": name, **{key: _plain(value) for key, value in self._options().items()}}
 
     def __repr__(self) -> str:
-        options = {k: getattr(self, k) for k in inspect.signature(type(self)).parameters if hasattr(self, k)}
-        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in options.items())})"
+        return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in self._options().items())})"
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold; infinity, which it cannot, as text."""
+    if isinstance(value, _Described):
+        return value.describe()
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 class Criterion(_Described, ABC):

@@ -11,9 +11,10 @@ from typing import Any
 import pytorch_lightning as pl
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
 
 from moeprune import names
+from moeprune.checkpoints import ENTRY, Checkpoint, read_lightning
 from moeprune.cli import Sentences, read_recipe
 from moeprune.errors import UserError
 from moeprune.training.callbacks import LastCheckpoint, RandomState, RunRecorder
@@ -22,6 +23,7 @@ from moeprune.training.expert_pruning import ExpertPruning
 from moeprune.training.module import MoELanguageModel
 
 KINDS = ("pruner", "criterion", "allocation", "trigger", "balancer")
+SECTIONS = ("data", "model", "pruning", "checkpoint", "trainer")
 
 
 class SaveConfig(SaveConfigCallback):
@@ -46,7 +48,7 @@ class SaveConfig(SaveConfigCallback):
         super().setup(trainer, pl_module, stage)
 
 
-class Parser(Sentences, LightningArgumentParser):  # type: ignore[misc]
+class Parser(Sentences, LightningArgumentParser):
     """Errors as one sentence."""
 
 
@@ -68,6 +70,22 @@ class CLI(LightningCLI):
         )
         parser.add_argument("--base", type=str | None, help="In a recipe: the recipe it builds on, relative to it.")
         return parser
+
+    def before_instantiate_classes(self) -> None:
+        """Read the checkpoint once before anything is made.
+
+        Raises:
+            UserError: there is none, it is corrupt, not moeprune's, or holds no training state.
+        """
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        path = config.get("ckpt_path")
+        if path and path not in ("best", "last", "hpc"):  # names that Lightning resolves itself
+            data = read_lightning(path)
+            Checkpoint.from_entry(data.get(ENTRY, {}), {}, str(path))
+            if "pytorch-lightning_version" not in data:
+                raise UserError(
+                    f"{path} holds weights but no training state; give a checkpoint that `moeprune fit` wrote"
+                )
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """As Lightning does.
@@ -112,7 +130,13 @@ def lineage(path: Path, heirs: tuple[Path, ...] = ()) -> list[Path]:
     """The recipe at `path` and all it builds on, oldest first; see `with_bases`."""
     if path.resolve() in heirs:
         raise UserError(f"the recipe {path} is its own base; remove the line `base:` from one of them")
-    base = read_recipe(path).get("base")
+    recipe = read_recipe(path)
+    for section in SECTIONS:
+        if not isinstance(recipe.get(section) or {}, dict):
+            raise UserError(
+                f"{section}: {recipe[section]!r} in the recipe {path} is no mapping of options; indent them"
+            )
+    base = recipe.get("base")
     if base is None:
         return [path]
     if not isinstance(base, str):
@@ -144,6 +168,7 @@ def run(args: list[str] | None = None, execute: bool = True) -> CLI:
         seed_everything_default=0,
         trainer_defaults={
             "logger": False,
+            "default_root_dir": "runs/unnamed",
             "num_sanity_val_steps": 0,
             "callbacks": [RunRecorder(), RandomState()],
         },
