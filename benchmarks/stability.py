@@ -57,8 +57,14 @@ if __name__ == "__main__":
         rho, tv = correlations(windows), total_variation(windows)
         rules = {
             "TV < 0.1, all layers, no guard": (first((tv < 0.1).all(1), 1), 0),
-            "mean over layers of Spearman >= 0.9, 3 in a row, after warm-up": (first((rho[after].mean(1) >= 0.9), 3), after[0]),
-            "min over layers of Spearman >= 0.9, 3 in a row, after warm-up": (first((rho[after].min(1) >= 0.9), 3), after[0]),
+            "mean over layers of Spearman >= 0.9, 3 in a row, after warm-up": (
+                first((rho[after].mean(1) >= 0.9), 3),
+                after[0],
+            ),
+            "min over layers of Spearman >= 0.9, 3 in a row, after warm-up": (
+                first((rho[after].min(1) >= 0.9), 3),
+                after[0],
+            ),
         }
         end = windows[-2] + windows[-1]
         for name, (fired, offset) in rules.items():

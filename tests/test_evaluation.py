@@ -148,7 +148,7 @@ def test_offline_suite(checkpoint: Checkpoint, tmp_path: Path, form: str) -> Non
         torch.save({"state_dict": state, "moeprune": model.entry()}, tmp_path / "model.ckpt")
         where = tmp_path / "model.ckpt"
     suite = create("suite", "offline")
-    results = score(where, suite, limit=2, environment=form == "folder")
+    results = score(where, suite, limit=2)
     rows = headline(results, suite)
     assert list(rows) == list(suite.metrics())
     assert all(row["n"] == 2 and math.isfinite(row["value"]) and row["stderr"] is not None for row in rows.values())

@@ -14,6 +14,7 @@ import json
 import pickle
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,11 +139,21 @@ def read_lightning(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: no such file, or a corrupt one.
     """
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder of exported weights, not a checkpoint file of a run; give the .ckpt file")
     if not Path(path).is_file():
         raise UserError(f"there is no checkpoint at {path}; check the path")
+    if not zipfile.is_zipfile(path):
+        raise UserError(
+            f"{path} is not a readable checkpoint: it is empty, cut short or of another kind; take another one"
+        )
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} holds Python objects besides tensors and plain data, which are never unpickled; it is refused"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise UserError(f"{path} is not a readable checkpoint ({_first_line(error)}); it may be cut short") from error
     if not isinstance(data, dict) or "state_dict" not in data:
         raise UserError(f"{path} is no Lightning checkpoint: it holds no state_dict")

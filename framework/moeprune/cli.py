@@ -6,6 +6,7 @@ Bad input ends in one sentence on standard error and exit code 2.
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -91,6 +92,12 @@ def call(name: str, command: Callable[..., Any], args: list[str], kinds: tuple[s
     positional = getattr(command, "positional", None)
     if positional and args and not args[0].startswith("-"):
         args = [f"--{positional}={args[0]}", *args[1:]]
+    # A switch needs no value: --check is --check=true.
+    switches = {f"--{p.name}" for p in inspect.signature(command).parameters.values() if isinstance(p.default, bool)}
+    args = [
+        f"{arg}=true" if arg in switches and (not following or following.startswith("-")) else arg
+        for arg, following in zip(args, [*args, ""][1:], strict=True)
+    ]
     for path in configs(args):
         read_recipe(path)
     config = parser.parse_args(args)
@@ -246,7 +253,7 @@ def configs(args: list[str]) -> list[Path]:
     """The files that `args` give as --config."""
     return [
         Path(arg.partition("=")[2] if "=" in arg else following)
-        for arg, following in zip(args, [*args[1:], ""], strict=True)
+        for arg, following in zip(args, [*args, ""][1:], strict=True)
         if arg.startswith("--config=") or (arg == "--config" and following)
     ]
 

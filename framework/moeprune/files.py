@@ -20,7 +20,9 @@ def atomic(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     Raises:
         UserError: the file cannot be written (full disk, no permission); nothing is left behind.
     """
-    path = Path(path)
+    path = Path(path).resolve()  # what a link points to is replaced, not the link
+    if path.exists() and not path.is_file():
+        raise UserError(f"cannot write {path}: it is not a regular file; choose another place")
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

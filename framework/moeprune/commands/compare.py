@@ -57,7 +57,7 @@ def command(
     registry.lookup("suite", suite)
     if limit is not None and limit < 1:
         raise UserError(f"limit must be at least 1, got {limit}")
-    workers = min(os.cpu_count() or 1, len(variants)) if workers is None else workers
+    workers = min(os.cpu_count() or 1, max(1, len(variants))) if workers is None else workers
     if workers < 1:
         raise UserError(f"workers must be at least 1, got {workers}")
     recipes = lineage(Path(str(recipe.absolute)))
@@ -107,13 +107,13 @@ def _check_names(comparison: Comparison) -> None:
         UserError: an unknown pruner or balancer.
     """
     for name, variant in comparison.variants.items():
-        pruner = (variant.config.get("pruning") or {}).get("pruner")
+        pruner = variant.config.get("pruning", {}).get("pruner")
         for kind, value in [
             ("pruner", pruner),
             *(("balancer", b) for b in variant.config.get("model", {}).get("balancers", [])),
         ]:
-            short = value if isinstance(value, str) else (value or {}).get("class_path", ".")
-            if "." not in short:
+            short = value.get("class_path") if isinstance(value, dict) else value
+            if isinstance(short, str) and "." not in short:
                 try:
                     registry.lookup(kind, short)
                 except UserError as error:

@@ -122,7 +122,7 @@ def _measure(comparison: Comparison, place: Path, checkpoint: Any) -> dict[str, 
     model = checkpoint.model()
     losses = domain_losses(model, _built(comparison, place).datamodule.evaluation_batches("valid"))
     suite = registry.create("suite", comparison.suite)
-    results = score(checkpoint, suite, comparison.limit, name=place.name, environment=False)
+    results = score(checkpoint, suite, comparison.limit, name=place.name)
     save(results, place / "evaluation")
     per_token = sum(p.numel() for p in model.parameters())
     for layer in model.moe_layers:

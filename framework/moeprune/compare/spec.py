@@ -55,6 +55,8 @@ class Comparison:
     options: list[str]
 
     def __post_init__(self) -> None:
+        if not self.variants:
+            raise UserError("the comparison has no variants; add some under `variants:`")
         if self.reference not in self.variants:
             raise UserError(suggest("variant (reference)", self.reference, list(self.variants)))
         if self.variants[self.reference].start == "untrained":
@@ -64,13 +66,16 @@ class Comparison:
                 raise UserError(
                     f"a variant cannot be called {name!r}; use letters, digits, '_', '-' and '.', and not 'trunk'"
                 )
+            for key, value in variant.config.items():
+                if key in ("data", "model", "pruning", "trainer", "checkpoint") and not isinstance(value, dict):
+                    raise UserError(f"variant {name!r}: {key} must be a mapping of options, got {value!r}")
+            if not isinstance(variant.config.get("model", {}).get("balancers", []), list):
+                raise UserError(
+                    f"variant {name!r}: model.balancers must be a list, got {variant.config['model']['balancers']!r}"
+                )
             if variant.drift and (variant.start == "untrained" or name == self.reference):
                 raise UserError(f"variant {name!r} cannot be a drift control: it is untrained, or the reference itself")
-            if (
-                "pruning" in variant.config
-                and "trigger" in (variant.config["pruning"] or {})
-                and variant.start == "trunk"
-            ):
+            if "pruning" in variant.config and "trigger" in variant.config["pruning"] and variant.start == "trunk":
                 raise UserError(
                     f"variant {name!r} sets a trigger, but it prunes where the trunk ends; move it to start: scratch"
                 )

@@ -60,20 +60,19 @@ class MoEPruneLM(TemplateLM):  # type: ignore[misc]
         max_batch_size: int | None = None,
     ) -> None:
         super().__init__()
-        in_memory = isinstance(pretrained, checkpoints.Checkpoint)
+        self._name = "in memory" if isinstance(pretrained, checkpoints.Checkpoint) else str(pretrained)
         checkpoint = pretrained if isinstance(pretrained, checkpoints.Checkpoint) else checkpoints.read(pretrained)
         if not checkpoint.tokenizer:
             raise UserError(
-                f"the checkpoint {pretrained} holds no tokenizer; train it with moeprune, or add tokenizer.json"
+                f"the checkpoint {self._name} holds no tokenizer; train it with moeprune, or add tokenizer.json"
             )
         self.tokenizer = Tokenizer.from_str(checkpoint.tokenizer)
-        self._device = torch.device(
-            "cpu" if str(device).startswith("cuda") and not torch.cuda.is_available() else device or "cpu"
-        )
+        self._device = _device(device)
         self.model: MoETransformer = checkpoint.model().to(self._device)
         self.fingerprint = checkpoints.fingerprint(checkpoint.state)
-        self._name = "moeprune" if in_memory else str(pretrained)
         self._batch_size = 16 if batch_size is None or str(batch_size).startswith("auto") else int(batch_size)
+        if self._batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, got {batch_size}")
         self._max_length = int(max_length or checkpoint.config.max_seq_len)
         self.max_gen_toks, self.rolling_context = int(max_gen_toks), int(rolling_context)
         end = self.tokenizer.token_to_id("<|endoftext|>")
@@ -224,3 +223,11 @@ class MoEPruneLM(TemplateLM):  # type: ignore[misc]
             text = text.split(stop)[0]
         self.cache_hook.add_partial("generate_until", (context, options), text)
         return text
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or "cpu")
+    except RuntimeError as error:
+        raise UserError(f"there is no device {name!r}; give cpu, cuda or cuda:0") from error
+    return torch.device("cpu") if device.type == "cuda" and not torch.cuda.is_available() else device

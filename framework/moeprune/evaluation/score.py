@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from moeprune.errors import UserError
 from moeprune.evaluation.suite import Suite
 from moeprune.files import write_text
+
+BOOTSTRAPS = 200  # for metrics without an analytic standard error
 
 
 def score(
@@ -20,7 +24,6 @@ def score(
     batch_size: int = 16,
     device: str | None = None,
     name: str = "moeprune",
-    environment: bool = True,
 ) -> dict[str, Any]:
     """lm-eval's results of a model on a suite, samples included.
 
@@ -31,7 +34,6 @@ def score(
         batch_size: requests per forward pass.
         device: torch device.
         name: of the model, in the results.
-        environment: add lm-eval's description of the machine, which takes seconds.
 
     Raises:
         UserError: limit < 1, or a checkpoint that cannot be read.
@@ -49,23 +51,21 @@ def score(
     folder = suite.task_folder()
     manager = TaskManager(include_path=str(folder) if folder else None, include_defaults=folder is None)
     tasks = list(suite.metrics())
-    options: dict[str, Any] = {"limit": limit, "bootstrap_iters": 200, "log_samples": True}
-    if environment:
-        results = lm_eval.simple_evaluate(
-            lm,
-            model_args={"model": name},
-            tasks=tasks,
-            task_manager=manager,
-            random_seed=None,
-            numpy_random_seed=None,
-            torch_random_seed=None,
-            **options,
-        )
-    else:
-        results = lm_eval.evaluate(lm, manager.load(tasks), **options)
-        results["config"] = {"model": name, **lm.get_model_info()}
+    results = lm_eval.evaluate(lm, manager.load(tasks), limit=limit, bootstrap_iters=BOOTSTRAPS, log_samples=True)
     if results is None:
         raise UserError("lm-eval gives results on the first process only; evaluate outside of a distributed launch")
+    results["config"] = {
+        "model": "moeprune",
+        "model_args": {"pretrained": name},
+        "batch_size": batch_size,
+        "device": str(lm._device),
+        "limit": limit,
+        "bootstrap_iters": BOOTSTRAPS,
+        **lm.get_model_info(),
+    }
+    results["date"] = time.time()
+    for package in ("lm_eval", "torch", "moeprune"):
+        results[f"{package}_version"] = version(package)
     return dict(results)
 
 

@@ -80,7 +80,7 @@ class Constraints:
                 for name, value in (("multiple_of", self.multiple_of), ("n_groups", self.n_groups))
                 if value > 1
             ]
-            bound = f"{lower_name}={lower}" if step > upper or lower > upper // step * step else f"{upper_name}={upper}"
+            bound = f"{lower_name}={lower}" if upper // step else f"{upper_name}={upper}"
             raise UserError(
                 f"{' and '.join(steps)} collide{'s' if len(steps) == 1 else ''} with {bound} in {where}: between "
                 f"{lower} and {upper} there is no multiple of {step}"

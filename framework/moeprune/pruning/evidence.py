@@ -96,17 +96,25 @@ class Evidence:
                 f"layers differ in length: layer 0 has {lengths[0]} experts, layer {odd} has {lengths[odd]}; for a "
                 f"pruned model give expert_ids as well, otherwise complete the counts"
             )
-        ids = [tuple(range(n)) for n in lengths] if expert_ids is None else [tuple(map(int, row)) for row in expert_ids]
+        try:
+            given = None if expert_ids is None else [tuple(map(int, row)) for row in expert_ids]
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"expert_ids must be a list per layer of lists of ids, got {str(expert_ids)[:60]}"
+            ) from error
+        ids = [tuple(range(n)) for n in lengths] if given is None else given
         if len(ids) != len(arrays):
             raise UserError(f"expert_ids hold {len(ids)} layers, counts hold {len(arrays)}; give one list per layer")
-        original = list(n_original) if n_original is not None else [max(max(row) for row in ids) + 1] * len(ids)
+        original = (
+            list(n_original) if n_original is not None else [max(max(row, default=-1) for row in ids) + 1] * len(ids)
+        )
         layers = []
         for layer, (array, row) in enumerate(zip(arrays, ids, strict=True)):
             if len(row) != len(array):
                 raise UserError(
                     f"layer {layer} has {len(array)} counts but {len(row)} expert_ids; give one id per count"
                 )
-            if list(row) != sorted(set(row)) or row[0] < 0 or row[-1] >= original[layer]:
+            if not row or list(row) != sorted(set(row)) or row[0] < 0 or row[-1] >= original[layer]:
                 raise UserError(
                     f"expert_ids of layer {layer} must ascend, without repeats, from 0 to {original[layer] - 1}"
                 )
@@ -160,6 +168,8 @@ def _checked(layer: int, row: Sequence[int], at: str) -> NDArray[np.int64]:
         raise UserError(
             f"counts of layer {layer}{at} are negative (expert {worst}: {array[worst]}); counts are tokens, >= 0"
         )
+    if array.max() > 2**62:
+        raise UserError(f"counts of layer {layer}{at} are too large ({array.max()}); 64-bit token counts are the limit")
     if not array.any():
         raise UserError(
             f"layer {layer}{at} received no tokens: all its counts are 0; record loads over a longer window"

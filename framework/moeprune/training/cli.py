@@ -44,8 +44,12 @@ class SaveConfig(SaveConfigCallback):
             raise UserError(
                 f"{folder} already holds a run; {ways}choose another folder with --trainer.default_root_dir"
             )
-        self.overwrite = True
-        super().setup(trainer, pl_module, stage)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Once the model is built and its checkpoint read: what is refused before leaves no file."""
+        if not getattr(trainer, "fast_dev_run", False):
+            self.overwrite = True
+            super().setup(trainer, pl_module, "fit")
 
 
 class Parser(Sentences, LightningArgumentParser):
