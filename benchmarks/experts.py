@@ -37,7 +37,7 @@ def grouped_mm(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, dow
 
 
 def transformers_layer(E: int, D: int, width: int, K: int) -> Layer | None:
-    """transformers' Qwen3-MoE experts with its grouped_mm backend; None if transformers is not installed."""
+    """Qwen3-MoE experts of transformers with its grouped_mm backend; None if transformers is not installed."""
     try:
         from transformers import Qwen3MoeConfig
         from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts

@@ -151,7 +151,7 @@ def read_lightning(path: str | Path) -> dict[str, Any]:
         data = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path} holds Python objects besides tensors and plain data, which are never unpickled; it is refused"
+            f"{path} is not a readable checkpoint: it holds Python objects besides tensors and plain data, which are never unpickled"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise UserError(f"{path} is not a readable checkpoint ({_first_line(error)}); it may be cut short") from error

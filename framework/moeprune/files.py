@@ -20,9 +20,9 @@ def atomic(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     Raises:
         UserError: the file cannot be written (full disk, no permission); nothing is left behind.
     """
-    path = Path(path).resolve()  # what a link points to is replaced, not the link
+    shown, path = path, Path(path).resolve()  # what a link points to is replaced, not the link
     if path.exists() and not path.is_file():
-        raise UserError(f"cannot write {path}: it is not a regular file; choose another place")
+        raise UserError(f"cannot write {shown}: it is not a regular file; choose another place")
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,7 @@ def atomic(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
         temporary.replace(path)
     except OSError as error:
         raise UserError(
-            f"cannot write {path}: {error.strerror or error}; free space or choose another place"
+            f"cannot write {shown}: {error.strerror or error}; free space or choose another place"
         ) from error
     finally:
         if temporary is not None:

@@ -20,9 +20,8 @@ class Stable(Trigger):
     at least `threshold` in EVERY layer. Warm-up never counts: all the windows compared begin after it. If that has not
     happened after `deadline` of the run, fires anyway and says so.
 
-    Source: the two phases are those of arXiv 2601.14327; it does not publish a rule for finding the second. The minimum
-    over layers is used since a mean fires while some layer still moves, and total variation fires at the start, when
-    loads are still near uniform (docs/stability.md).
+    Source: the two phases are those of arXiv 2601.14327, which does not publish a rule for finding the second. The minimum
+    over layers is taken since a mean fires while some layer still moves (docs/stability.md has the measurements).
 
     Args:
         threshold: lowest rank correlation that counts as stable, in (0, 1].
