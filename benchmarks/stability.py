@@ -20,7 +20,7 @@ from moeprune.files import read_rows
 from moeprune_plugins.triggers.stable import spearman
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
-WARM_UP = 60
+STEPS, WARM_UP = 500, 60
 
 
 def correlations(windows: list[np.ndarray]) -> np.ndarray:
@@ -49,7 +49,11 @@ if __name__ == "__main__":
     lines = ["| seed | rule | fires at step | agreement with the end |", "|---|---|---|---|"]
     for seed in range(args.seeds):
         with tempfile.TemporaryDirectory() as folder:
-            fixed = [f"--trainer.default_root_dir={folder}", "--trainer.enable_progress_bar=false"]
+            fixed = [
+                f"--trainer.default_root_dir={folder}",
+                "--trainer.enable_progress_bar=false",
+                f"--trainer.max_steps={STEPS}",
+            ]
             assert main(["fit", f"--config={RECIPE}", *fixed, f"--data.seed={seed}", f"--model.init_seed={seed}"]) == 0
             rows = read_rows(Path(folder) / "loads.jsonl")
         windows = [np.array(row["loads"]) for row in rows]
