@@ -88,6 +88,11 @@ def test_prunes_and_goes_on(straight: Path) -> None:
     history = read_rows(straight / "history.jsonl")
     assert [row["step"] for row in history] == list(range(1, 21))
     assert history[-1]["loss"] < history[0]["loss"]
+    validation = read_rows(straight / "validation.jsonl")
+    assert [row["step"] for row in validation] == [10, 20]
+    assert validation[1]["val_loss"] == pytest.approx(
+        (validation[1]["val_loss/sky"] + validation[1]["val_loss/code"]) / 2
+    )
     loads = read_rows(straight / "loads.jsonl")
     assert [row["step"] for row in loads] == [4, 8, 14, 18]
     assert all(sum(layer) == 2 * 4 * 4 * 16 for row in loads for layer in row["loads"])

@@ -5,7 +5,8 @@ Statistics, each an array [E] in the order of the layer's `ids`:
     counts   int64    tokens routed to the expert (top-k, as the model itself routes; padding never counts)
     taylor   float64  sum over the expert's weights w of |w dL/dw|
 
-and, when a pruner asks for `weights`, the live tensors `gate_up` [E, 2F, D], `down` [E, D, F] and `router` [E, D].
+and, when a pruner asks for `weights`, the live tensors `gate_up` [E, 2F, D], `down` [E, D, F] and `router.<name>`, whose
+first dimension is E.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.trainer.states import TrainerFn
 
 from moeprune.errors import UserError
 from moeprune.files import JsonLines
@@ -21,7 +22,7 @@ from moeprune.training.expert_pruning import run_folder
 
 
 class RunRecorder(pl.Callback):
-    """Writes `history.jsonl` into the run's folder: loss, learning rate and seconds of every optimizer step.
+    """Writes `history.jsonl` (loss, learning rate, seconds of every optimizer step) and `validation.jsonl` into the run's folder.
 
     Rows up to a checkpoint are on disk before it; a resumed run drops later rows and goes on, so each step is there once.
     """
@@ -30,6 +31,7 @@ class RunRecorder(pl.Callback):
         """Open the file."""
         if trainer.is_global_zero:
             self._file = JsonLines(run_folder(trainer) / "history.jsonl", trainer.global_step)
+            self._validation = JsonLines(run_folder(trainer) / "validation.jsonl", trainer.global_step)
         self._began, self._losses = time.perf_counter(), list[float]()
         reset_peak_memory()
 
@@ -66,10 +68,17 @@ class RunRecorder(pl.Callback):
         if trainer.global_step % 10 == 0:
             self._file.flush()
 
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Add a row to `validation.jsonl`, in training only."""
+        if trainer.is_global_zero and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            losses = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val_loss")}
+            self._validation.append({"step": trainer.global_step, **losses})
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leave a complete file."""
+        """Leave complete files."""
         if trainer.is_global_zero:
             self._file.flush()
+            self._validation.flush()
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
