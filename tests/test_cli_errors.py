@@ -118,7 +118,7 @@ MATCH = ["--pruner=random", "--pruner.allocation=match"]
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--pruner=leap"], "pruner: there is no pruner 'leap'; did you mean 'laep'? | known: laep, lowest_load"),
+        (["--pruner=laap"], "pruner: there is no pruner 'laap'; did you mean 'laep' | known: laep, lowest_load"),
         (["--pruner={class_path: leap}"], "no pruner 'leap' | 'laep'"),
         (["--pruner=3"], "no pruner '3' | known: laep"),
         (["--pruner="], "pruner: | known: laep | class_path"),

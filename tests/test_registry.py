@@ -191,8 +191,8 @@ def test_missing_metadata_breaks_nothing(install: Install) -> None:
 
 
 def test_unknown_names_suggest_near_ones() -> None:
-    with pytest.raises(UserError, match=r"no pruner 'leap'; did you mean 'laep'\?"):
-        registry.lookup("pruner", "leap")
+    with pytest.raises(UserError, match=r"no pruner 'laap'; did you mean 'laep'"):
+        registry.lookup("pruner", "laap")
     with pytest.raises(UserError, match="no kind 'prunr'; did you mean 'pruner'"):
         registry.entries("prunr")
     with pytest.raises(UserError, match=r"'bta'; it takes: alpha, beta"):

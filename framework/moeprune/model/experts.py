@@ -10,7 +10,7 @@ Floor: 6 T K D F multiply-adds forward, twice that backward; weights are read on
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -134,8 +134,13 @@ class _GroupedSwiGLU(torch.autograd.Function):
         return dx.to(x.dtype), None, dw_flat.view(-1, K), d_gate_up, d_down
 
 
+Backend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]  # arguments and result of `grouped_swiglu`
+
+
 class Experts(nn.Module):
     """E SwiGLU experts as two tensors, in the layout of transformers 5.
+
+    `backend` computes them; calibration replaces it for a while by one that measures as well.
 
     Args:
         n_experts: E.
@@ -148,6 +153,7 @@ class Experts(nn.Module):
 
     def __init__(self, n_experts: int, d_model: int, d_expert: int, output_std: float) -> None:
         super().__init__()
+        self.backend: Backend = grouped_swiglu
         self.gate_up = nn.Parameter(torch.empty(n_experts, 2 * d_expert, d_model))
         self.down = nn.Parameter(torch.empty(n_experts, d_model, d_expert))
         nn.init.normal_(self.gate_up, std=0.02 * math.sqrt(math.sqrt(768 / d_model)))
@@ -160,4 +166,4 @@ class Experts(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
-        return grouped_swiglu(x, indices, weights, gate_up, down)
+        return self.backend(x, indices, weights, gate_up, down)

@@ -3,7 +3,15 @@
 Statistics, each an array [E] in the order of the layer's `ids`:
 
     counts   int64    tokens routed to the expert (top-k, as the model itself routes; padding never counts)
-    taylor   float64  sum over the expert's weights w of |w dL/dw|
+    taylor   float64  sum over the expert's weights w of |w dL/dw|, gradients averaged over the calibration batches
+    fisher   float64  sum over the expert's weights of (dL/dw)^2, averaged over the calibration batches
+
+    and, with f(t) the expert's output for token t before the gate weight g(t) is applied, over the tokens routed to it:
+
+    g0f0 ... g2f2   float64  sum of g(t)^a |f(t)|^b for a, b in {0, 1, 2}; g0f0 is the number of tokens
+    max_f           float64  largest |f(t)_d| over tokens and channels; 0 without tokens
+    norm_mean_f     float64  |mean of f(t)|; 0 without tokens
+    var_f           float64  mean of |f(t) - mean|^2; 0 without tokens
 
 and, when a pruner asks for `weights`, the live tensors `gate_up` [E, 2F, D], `down` [E, D, F] and `router.<name>`, whose
 first dimension is E.
