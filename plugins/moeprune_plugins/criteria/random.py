@@ -19,6 +19,7 @@ class RandomScore(Criterion):
     """
 
     needs = frozenset()
+    random = True  # draws lots: the order of the experts matters
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
