@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
@@ -87,7 +86,7 @@ def test_load_metrics_under_two_processes() -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_unsupported_strategy_is_refused(recipe: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_unsupported_strategy_is_refused() -> None:
     from moeprune.errors import UserError
     from moeprune.parallel.restructure import check_strategy
 
@@ -96,5 +95,3 @@ def test_unsupported_strategy_is_refused(recipe: Path, tmp_path: Path) -> None: 
 
     with pytest.raises(UserError, match="ddp"):
         check_strategy(Trainer())  # type: ignore[arg-type]
-    assert not (tmp_path / "never").exists()
-    assert os.environ["OMP_NUM_THREADS"] == "1"

@@ -45,6 +45,8 @@ def requests(kind: str, *arguments: tuple[object, ...]) -> list[Instance]:
 
 
 PAIRS = [
+    ("sun moon night sky", " dark"),
+    ("sun moon", " night sky light"),
     ("sun moon", " star"),
     ("sun moon", " night sky"),
     ("", "def x"),

@@ -96,6 +96,7 @@ def test_alpha_and_beta_per_layer() -> None:
     evidence = Evidence.from_counts([[1, 2, 3, 94]] * 2, 1)
     plan = create("pruner", "laep", alpha=[0.0, math.inf], beta=0.1).plan(evidence)
     assert plan.removed == ((), (0, 1, 2))
+    assert create("pruner", "laep", alpha=[0.0, "inf"], beta=0.1).plan(evidence).removed == ((), (0, 1, 2))
     with pytest.raises(UserError, match="3 numbers for 2 layers"):
         create("pruner", "laep", beta=[0.1, 0.1, 0.1]).plan(evidence)
 
@@ -161,6 +162,11 @@ def test_bad_counts(counts: list[list[int]], words: str) -> None:
 def test_errors_name_layer_and_step() -> None:
     with pytest.raises(UserError, match="layer 1 at step 300"):
         Evidence.from_counts([[1, 2], [0, 0]], 1, provenance={"step": 300})
+
+
+def test_groups_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(UserError, match="n_groups=64"):
+        create("pruner", "laep").plan(Evidence.from_counts([[1, 2, 3, 4]]), Constraints(n_groups=64))
 
 
 def test_same_numbers_for_the_controls() -> None:

@@ -65,10 +65,11 @@ def test_training_beats_not_training(rows: dict[str, Any]) -> None:
         assert abs(score["value"] - chance) < 3 * score["stderr"], family
 
 
-def test_words_follow_the_statistics(results: dict[str, Any], folder: Path) -> None:
-    page = (folder / "report.html").read_text()
-    assert "no detectable difference" in page
-    assert "stable" in results["trunk"]["reason"] or "deadline" in results["trunk"]["reason"]
+def test_words_follow_the_statistics(results: dict[str, Any], rows: dict[str, Any]) -> None:
+    """Of the final losses only that of the untrained model is called different; drift controls are called equal."""
+    assert rows["untrained"]["vs_reference"]["verdict"] == "higher"
+    assert rows["drift"]["vs_reference"]["verdict"] == "no detectable difference"
+    assert results["trunk"]["reason"].startswith(("stable:", "deadline:"))
 
 
 def test_pruned_variants_have_the_parameters_they_claim(rows: dict[str, Any]) -> None:

@@ -40,7 +40,13 @@ PRUNED = [
 def diff(value, stderr, noise=None):
     detectable = abs(value) > Z * np.hypot(stderr, noise or 0)
     verdict = ("higher" if value > 0 else "lower") if detectable else NO_DIFFERENCE
-    return {"value": float(value), "stderr": stderr, "noise": noise, "verdict": verdict}
+    return {
+        "value": float(value),
+        "stderr": stderr,
+        "noise": noise,
+        "half_width": float(Z * np.hypot(stderr, noise or 0)),
+        "verdict": verdict,
+    }
 
 
 def loss(mean):

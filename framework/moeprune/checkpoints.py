@@ -106,7 +106,9 @@ class Checkpoint:
                 entry["data"],
                 entry["step"],
             )
-        except (KeyError, TypeError) as error:
+        except UserError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"the checkpoint {where} lacks or garbles a field: {error}") from error
 
 
@@ -176,6 +178,10 @@ def export(checkpoint: Checkpoint, path: str | Path, overwrite: bool = False) ->
         UserError: the folder exists and is not empty, or cannot be written.
     """
     path = new_folder(path, overwrite)
+    if path.is_dir() and any(path.iterdir()) and not (path / "model.safetensors").exists():
+        raise UserError(
+            f"{path} holds something else than an exported model and is not overwritten; choose another --output"
+        )
     entry = checkpoint.entry()
     plans, tokenizer = entry.pop("plans"), entry.pop("tokenizer")
     try:

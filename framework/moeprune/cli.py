@@ -101,7 +101,8 @@ def call(name: str, command: Callable[..., Any], args: list[str], kinds: tuple[s
     for path in configs(args):
         read_recipe(path)
     config = parser.parse_args(args)
-    options = parser.instantiate_classes(config).as_dict()
+    plain = getattr(command, "plain", False)  # its YAML describes classes that somebody else makes
+    options = config.as_dict() if plain else parser.instantiate_classes(config).as_dict()
     options.pop("config", None)
     return command(**options)
 

@@ -12,6 +12,11 @@ from typing import IO, Any
 
 from moeprune.errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # not on Windows, where folders are not locked
+    fcntl = None  # type: ignore[assignment]
+
 
 @contextmanager
 def atomic(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
@@ -124,3 +129,19 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
             except json.JSONDecodeError:
                 break
     return rows
+
+
+@contextmanager
+def locked(folder: Path, otherwise: str) -> Iterator[None]:
+    """Hold the folder's lock, which the system releases when the process ends, however it ends.
+
+    Raises:
+        UserError: another process holds it; the sentence is `otherwise`.
+    """
+    with (folder / ".lock").open("w") as file:
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(otherwise) from error
+        yield

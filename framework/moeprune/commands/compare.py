@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,13 @@ from moeprune.compare import runner
 from moeprune.compare.gather import gather
 from moeprune.compare.spec import Comparison, Variant
 from moeprune.errors import UserError
-from moeprune.files import read_json, write_text
+from moeprune.files import locked, read_json, write_text
 
 
 def command(
     name: str,
     recipe: Path_fr,
-    variants: dict[str, Variant],
+    variants: dict[str, Any],
     reference: str,
     trunk: dict[str, Any] | None = None,
     suite: str = "offline",
@@ -57,7 +56,7 @@ def command(
     registry.lookup("suite", suite)
     if limit is not None and limit < 1:
         raise UserError(f"limit must be at least 1, got {limit}")
-    workers = min(os.cpu_count() or 1, max(1, len(variants))) if workers is None else workers
+    workers = min(runner.cores(), max(1, len(variants))) if workers is None else workers
     if workers < 1:
         raise UserError(f"workers must be at least 1, got {workers}")
     recipes = lineage(Path(str(recipe.absolute)))
@@ -66,7 +65,7 @@ def command(
         [str(path) for path in recipes],
         [path.read_text(encoding="utf-8") for path in recipes],
         trunk or {},
-        variants,
+        {each: Variant.from_config(each, config) for each, config in variants.items()},
         reference,
         suite,
         limit,
@@ -78,18 +77,25 @@ def command(
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)  # into a file or pipe: the width of the widest table
-    console.print(
-        f"comparing {len(variants)} variants of {recipe}, {workers} at a time; logs in {folder}/<variant>/log.txt"
-    )
-    failed = runner.run(comparison, folder, workers, console)
-    trained = [n for n, v in variants.items() if n not in failed and v.start != "untrained"]
-    speeds = runner.measure_speed(comparison, folder, trained)
-    clock = folder / "seconds.json"
-    seconds = (read_json(clock, "clock") if clock.exists() else 0.0) + time.time() - began
-    write_text(clock, json.dumps(seconds))
-    results = gather(comparison, folder, {n: e for n, e in failed.items() if n in variants}, speeds, seconds, workers)
-    write_text(folder / "results.json", json.dumps(results, allow_nan=False) + "\n")
-    write_report(results, folder)
+    with locked(folder, runner.BUSY.format(folder)):
+        console.print(
+            f"comparing {len(variants)} variants of {recipe}, {workers} at a time; logs in {folder}/<variant>/log.txt"
+        )
+        failed = runner.run(comparison, folder, workers, console)
+        trained = [n for n, v in comparison.variants.items() if n not in failed and v.start != "untrained"]
+        speeds = runner.measure_speed(comparison, folder, trained)
+        if trained and not speeds:
+            console.print(
+                f"step times were not measured: the reference failed, or see {folder}/speed.log", style="yellow"
+            )
+        clock = folder / "seconds.json"
+        seconds = (read_json(clock, "clock") if clock.exists() else 0.0) + time.time() - began
+        write_text(clock, json.dumps(seconds))
+        results = gather(
+            comparison, folder, {n: e for n, e in failed.items() if n in variants}, speeds, seconds, workers
+        )
+        write_text(folder / "results.json", json.dumps(results, allow_nan=False) + "\n")
+        write_report(results, folder)
     console.print(terminal_table(results))
     console.print(
         f"report: {folder / 'report.html'}   results: {folder / 'results.json'}   ({seconds:.0f} s of computing)"
@@ -98,6 +104,9 @@ def command(
         if not error.startswith(runner.NO_TRUNK):
             console.print(f"failed: {each}: {error}", style="red", markup=False, soft_wrap=True)
     return 1 if failed else 0
+
+
+command.plain = True  # type: ignore[attr-defined]
 
 
 def _check_names(comparison: Comparison) -> None:

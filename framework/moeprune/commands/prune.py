@@ -76,7 +76,7 @@ def command(
         "calibration_tokens": sum(batch[:, 1:].numel() for batch in batches),
     }
     evidence = record(transformer, batches, pruner.needs, provenance=provenance)
-    plan = pruner.plan(evidence, constraints)
+    plan = pruner.plan(evidence, constraints).made_by(pruner)
     apply_plan(transformer, plan)
     pruned = checkpoints.Checkpoint(
         checkpoint.config,

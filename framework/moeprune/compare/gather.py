@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -40,12 +41,9 @@ def gather(
         if name not in failed
     }
     reference = done.get(comparison.reference)
-    noise = _noise(comparison, done, reference)
+    drifts = _drifts(comparison, done, reference)
     suite = registry.create("suite", comparison.suite)
     families = {family: list(tasks) for family, tasks in suite.families().items()}
-    base = next(
-        (r for name, r in done.items() if comparison.variants[name].start != "untrained" and r["plan"] is None), None
-    )
     variants = []
     for name, variant in comparison.variants.items():
         row: dict[str, Any] = {
@@ -58,7 +56,7 @@ def gather(
         }
         if name in done:
             other = None if name == comparison.reference or reference is None else reference
-            row |= _row(comparison, folder, name, done[name], other, noise, base, families)
+            row |= _row(comparison, folder, name, done[name], other, drifts, families)
             row["speed"] = speeds.get(name)
         variants.append(row)
     first = next(
@@ -82,7 +80,7 @@ def gather(
             "workers": workers,
         },
         "model": {
-            "parameters": base["parameters"] if base else 0,
+            "parameters": next(iter(done.values()))["unpruned_parameters"] if done else 0,
             "layers": config.get("model", {}).get("config", {}).get("n_layers", 0),
             "experts": config.get("model", {}).get("config", {}).get("n_experts", 0),
             "top_k": config.get("model", {}).get("config", {}).get("top_k", 0),
@@ -106,27 +104,28 @@ def _row(
     name: str,
     result: dict[str, Any],
     reference: dict[str, Any] | None,
-    noise: dict[str, float],
-    base: dict[str, Any] | None,
+    drifts: dict[str, list[float]],
     families: dict[str, list[str]],
 ) -> dict[str, Any]:
     place = job_folder(folder, name)
-    event = next((row for row in read_rows(place / "events.jsonl") if "plan" in row), None)
+    event = next((row for row in reversed(read_rows(place / "events.jsonl")) if "plan" in row), None)
     before, after = (event["val_loss"]["before"], event["val_loss"]["after"]) if event else (None, None)
     config = comparison.variants[name].config
     scores = {}
     for task, score in result["scores"].items():
         other = reference["scores"][task] if reference else None
         scores[task] = {k: v for k, v in score.items() if k != "documents"} | {
-            "vs_reference": difference(score["documents"], other["documents"], noise=noise.get(task)) if other else None
+            "vs_reference": difference(score["documents"], other["documents"], drifts=drifts.get(task, ()))
+            if other
+            else None
         }
     return {
-        "pruner": _described(event["plan"]["provenance"]["pruner"]) if event else None,
+        "pruner": _described(event["plan"]["provenance"].get("pruner")) if event else None,
         "balancers": [
             b if isinstance(b, str) else b["class_path"] for b in config.get("model", {}).get("balancers", [])
         ],
         "parameters": result["parameters"],
-        "parameters_kept": result["parameters"] / base["parameters"] if base else 1.0,
+        "parameters_kept": result["parameters"] / result["unpruned_parameters"],
         "active_parameters": result["active_parameters"],
         "experts_kept": result["experts_kept"],
         "removed_load": event["plan"]["removed_load"] if event else [],
@@ -137,8 +136,8 @@ def _row(
             "after": _loss(after) if after else None,
             "end": _loss(result["val_loss"]),
         },
-        "jump": _paired(after, before, None) if before and after else None,
-        "vs_reference": _paired(result["val_loss"], reference["val_loss"], noise.get("val_loss"))
+        "jump": _paired(after, before) if before and after else None,
+        "vs_reference": _paired(result["val_loss"], reference["val_loss"], drifts.get("val_loss", ()))
         if reference
         else None,
         "history": _history(place),
@@ -146,35 +145,35 @@ def _row(
         "memory": {key: result[key] for key in ("weights_bytes", "optimizer_bytes", "peak_bytes")},
         "scores": scores,
         "families": {
-            family: _family(tasks, result, reference, noise.get(family)) for family, tasks in families.items()
+            family: _family(tasks, result, reference, drifts.get(family, ())) for family, tasks in families.items()
         },
     }
 
 
-def _noise(comparison: Comparison, done: dict[str, Any], reference: dict[str, Any] | None) -> dict[str, float]:
-    """How far the drift controls end from the reference, by task, family and for `val_loss`; {} if there is none."""
-    noise: dict[str, float] = {}
+def _drifts(comparison: Comparison, done: dict[str, Any], reference: dict[str, Any] | None) -> dict[str, list[float]]:
+    """How far each drift control ends from the reference, by task, family and for `val_loss`."""
+    drifts: dict[str, list[float]] = {}
     for name, variant in comparison.variants.items():
         if not variant.drift or name not in done or reference is None:
             continue
-        drift = {"val_loss": _paired(done[name]["val_loss"], reference["val_loss"], None)["value"]}
+        found = {"val_loss": _paired(done[name]["val_loss"], reference["val_loss"])["value"]}
         for task, score in done[name]["scores"].items():
-            drift[task] = score["value"] - reference["scores"][task]["value"]
+            found[task] = score["value"] - reference["scores"][task]["value"]
         for family, tasks in done[name]["families"].items():
-            drift[family] = sum(drift[task] for task in tasks) / len(tasks)
-        for key, value in drift.items():
-            noise[key] = max(noise.get(key, 0.0), abs(value))
-    return noise
+            found[family] = sum(found[task] for task in tasks) / len(tasks)
+        for key, value in found.items():
+            drifts.setdefault(key, []).append(value)
+    return drifts
 
 
-def _paired(a: Losses, b: Losses, noise: float | None) -> dict[str, Any]:
+def _paired(a: Losses, b: Losses, drifts: Sequence[float] = ()) -> dict[str, Any]:
     """Difference of two models' losses over the same sequences, domains weighted equally."""
     strata = [index for index, domain in enumerate(a) for _ in a[domain]]
-    return difference([x for d in a for x in a[d]], [x for d in a for x in b[d]], strata, noise)
+    return difference([x for d in a for x in a[d]], [x for d in a for x in b[d]], strata, drifts)
 
 
 def _family(
-    tasks: list[str], result: dict[str, Any], reference: dict[str, Any] | None, noise: float | None
+    tasks: list[str], result: dict[str, Any], reference: dict[str, Any] | None, drifts: Sequence[float]
 ) -> dict[str, Any]:
     groups = [result["scores"][task]["documents"] for task in tasks]
     value, stderr = mean_and_stderr(groups)
@@ -182,7 +181,7 @@ def _family(
     if reference:
         strata = [index for index, group in enumerate(groups) for _ in group]
         other = [x for task in tasks for x in reference["scores"][task]["documents"]]
-        against = difference([x for group in groups for x in group], other, strata, noise)
+        against = difference([x for group in groups for x in group], other, strata, drifts)
     first = result["scores"][tasks[0]]
     return {
         "metric": first["metric"],

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 from typing import Any
 
 from moeprune.compare.spec import Comparison, job_folder
 from moeprune.errors import UserError
-from moeprune.files import read_rows, write_text
+from moeprune.files import locked, read_rows, write_text
 
 TRUNK = "trunk"
 
@@ -28,7 +29,8 @@ def main(comparison: Comparison, folder: Path, name: str, threads: int) -> None:
             import torch
 
             torch.set_num_threads(threads)
-            run(comparison, folder, name)
+            with locked(place, f"the run {name!r} is still going on in another process; wait for it or stop it"):
+                run(comparison, folder, name)
         except BaseException as error:
             traceback.print_exc()
             message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
@@ -43,7 +45,8 @@ def run(comparison: Comparison, folder: Path, name: str) -> None:
 
     place = job_folder(folder, name)
     if name == TRUNK:
-        _fit(comparison, folder, TRUNK, {"pruning": {**comparison.trunk.get("pruning", {}), "stop": True}}, None)
+        config = {**comparison.trunk, "pruning": {**comparison.trunk.get("pruning", {}), "stop": True}}
+        _fit(comparison, folder, TRUNK, config, None)
         if not (place / "trunk.ckpt").exists():
             raise UserError(
                 "the trunk's trigger never fired; give the trunk a trigger with a deadline, or train longer"
@@ -52,7 +55,7 @@ def run(comparison: Comparison, folder: Path, name: str) -> None:
         return
     variant = comparison.variants[name]
     if variant.start == "untrained":
-        checkpoint = _untrained(_built(comparison, place))
+        checkpoint = _untrained(built(comparison, folder, name))
     else:
         config, start = variant.config, None
         if variant.start == "trunk":
@@ -63,16 +66,16 @@ def run(comparison: Comparison, folder: Path, name: str) -> None:
                 config = {**config, "pruning": {**config["pruning"], "trigger": trigger}}
         _fit(comparison, folder, name, config, start)
         checkpoint = checkpoints.read(place / "last.ckpt")
-    write_text(place / "result.json", json.dumps(_measure(comparison, place, checkpoint)))
+    write_text(place / "result.json", json.dumps(_measure(comparison, folder, name, checkpoint)))
 
 
-def arguments(comparison: Comparison, place: Path, config: dict[str, Any]) -> list[str]:
+def _arguments(comparison: Comparison, folder: Path, place: Path, config: dict[str, Any]) -> list[str]:
     """Arguments of the training command line for a run in `place` that changes `config`."""
     import yaml
 
     write_text(place / "variant.yaml", yaml.safe_dump(config, sort_keys=False))
     return [
-        *(f"--config={path}" for path in comparison.recipes),
+        *(f"--config={path}" for path in sorted((folder / "recipes").iterdir())),
         f"--config={place / 'variant.yaml'}",
         f"--trainer.default_root_dir={place}",
         "--trainer.enable_progress_bar=false",
@@ -86,41 +89,45 @@ def _fit(comparison: Comparison, folder: Path, name: str, config: dict[str, Any]
     place = job_folder(folder, name)
     if (place / "trunk.ckpt").exists():  # the trunk ended; only its result was missing
         return
-    checkpoint = place / "last.ckpt" if (place / "last.ckpt").exists() else start
-    if checkpoint is None:
-        (place / "history.jsonl").unlink(missing_ok=True)  # of a run that was stopped before its first checkpoint
-    resume = [] if checkpoint is None else [f"--ckpt_path={checkpoint}"]
-    cli.run(["fit", *arguments(comparison, place, config), *resume])
+    if (place / "last.ckpt").exists():
+        start = place / "last.ckpt"
+    else:  # what a run wrote that was stopped before its first checkpoint
+        for rows in place.glob("*.jsonl"):
+            rows.unlink()
+    resume = [] if start is None else [f"--ckpt_path={start}"]
+    cli.run(["fit", *_arguments(comparison, folder, place, config), *resume])
 
 
-def _built(comparison: Comparison, place: Path) -> Any:
-    """Model and data of the recipe, without running anything."""
+def built(comparison: Comparison, folder: Path, name: str) -> Any:
+    """Model and data of the run called `name`, without running anything."""
     from moeprune.training import cli
 
-    return cli.run(arguments(comparison, place, {}), execute=False)
+    config = dict(comparison.variants[name].config)
+    config.pop("pruning", None)  # not needed, and its trigger is not known here
+    with tempfile.TemporaryDirectory() as scratch:
+        return cli.run(_arguments(comparison, folder, Path(scratch), config), execute=False)
 
 
-def _untrained(built: Any) -> Any:
+def _untrained(cli: Any) -> Any:
     from moeprune.checkpoints import Checkpoint
     from moeprune.training.module import initial_model
 
-    store = built.datamodule.store
-    bias = store.log_unigrams() if built.model.unigram_bias else None
-    model = initial_model(built.model.config, built.model.init_seed, bias)
+    store = cli.datamodule.store
+    bias = store.log_unigrams() if cli.model.unigram_bias else None
+    model = initial_model(cli.model.config, cli.model.init_seed, bias)
     ids = [list(layer.ids) for layer in model.moe_layers]
-    return Checkpoint(
-        built.model.config, ids, model.state_dict(), [], store.tokenizer_json, built.datamodule.describe()
-    )
+    return Checkpoint(cli.model.config, ids, model.state_dict(), [], store.tokenizer_json, cli.datamodule.describe())
 
 
-def _measure(comparison: Comparison, place: Path, checkpoint: Any) -> dict[str, Any]:
+def _measure(comparison: Comparison, folder: Path, name: str, checkpoint: Any) -> dict[str, Any]:
     """Everything about the finished model that results.json needs."""
     from moeprune import registry
     from moeprune.evaluation.score import headline, save, score
     from moeprune.training.module import domain_losses
 
+    place = job_folder(folder, name)
     model = checkpoint.model()
-    losses = domain_losses(model, _built(comparison, place).datamodule.evaluation_batches("valid"))
+    losses = domain_losses(model, built(comparison, folder, name).datamodule.evaluation_batches("valid"))
     suite = registry.create("suite", comparison.suite)
     results = score(checkpoint, suite, comparison.limit, name=place.name)
     save(results, place / "evaluation")
@@ -137,6 +144,7 @@ def _measure(comparison: Comparison, place: Path, checkpoint: Any) -> dict[str, 
     return {
         "step": checkpoint.step,
         "parameters": sum(p.numel() for p in model.parameters()),
+        "unpruned_parameters": _unpruned_parameters(checkpoint.config),
         "active_parameters": per_token,
         "experts_kept": [layer.n_experts for layer in model.moe_layers],
         "val_loss": {domain: values.tolist() for domain, values in losses.items()},
@@ -156,3 +164,12 @@ def _optimizer_bytes(path: Path) -> int:
         return 0
     states = (state for optimizer in read_lightning(path)["optimizer_states"] for state in optimizer["state"].values())
     return sum(v.numel() * v.element_size() for state in states for v in state.values() if hasattr(v, "element_size"))
+
+
+def _unpruned_parameters(config: Any) -> int:
+    import torch
+
+    from moeprune.model.transformer import MoETransformer
+
+    with torch.device("meta"):
+        return sum(p.numel() for p in MoETransformer(config).parameters())

@@ -6,7 +6,6 @@ A variant has the same colour and marker everywhere; the accent colour is kept f
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +63,7 @@ def scored(results: Results) -> tuple[str, list[str]]:
 
 def half_width(difference: Mapping[str, Any]) -> float:
     """Half of a difference's 95 % interval: sampling of documents, and the drift from run to run where it is known."""
-    return Z * math.hypot(difference["stderr"], difference["noise"] or 0.0)
+    return float(difference["half_width"])
 
 
 def figures(results: Results) -> dict[str, Figure]:

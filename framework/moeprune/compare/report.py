@@ -19,7 +19,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from moeprune.compare.plots import METRICS, done, figures, focus, half_width, is_pruned, reference, scored
-from moeprune.compare.results import NO_DIFFERENCE, Z
+from moeprune.compare.results import NO_DIFFERENCE
 from moeprune.errors import UserError
 from moeprune.files import atomic, write_text
 
@@ -480,13 +480,14 @@ def _statistics(results: Results) -> list[str]:
     noise = any(d["noise"] is not None for v in done(results) for d in _all_differences(v))
     drift = (
         "How far two runs drift apart that differ in nothing that matters (noise) was measured with a control run, and the "
-        "intervals at the end of training count it like a standard error. One such run gives a rough estimate."
+        "intervals at the end of training (Student's t) count it in. A single control says little about its size: those "
+        "intervals are wide, and hold nine times in ten rather than nineteen in twenty."
         if noise
         else "How far two runs drift apart that differ in nothing that matters (noise) was not measured here. A difference "
         "that is detectable between these trained models may therefore vanish, or turn round, with another seed."
     )
     return [
-        f"Differences are paired: the same documents under both models. ± is half a 95 % interval, {Z} standard errors of "
+        f"Differences are paired: the same documents under both models. ± is half a 95 % interval of "
         "the paired difference; numbers in parentheses are standard errors of a single score. A difference inside its "
         f"interval is called “{NO_DIFFERENCE}”: that is not a proof of equality.",
         "Every variant was trained once, with one seed: the documents are a sample, the training is a single draw.",

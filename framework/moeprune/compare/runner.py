@@ -16,15 +16,17 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from moeprune.compare import job, speed
 from moeprune.compare.spec import Comparison, job_folder
 from moeprune.errors import UserError
-from moeprune.files import read_json, write_text
+from moeprune.files import locked, read_json, write_text
 
 NO_TRUNK = "the trunk failed"
+BUSY = "a comparison is running in {}; wait for it, or choose another --output"
 
 
 @dataclass
@@ -34,6 +36,11 @@ class _Running:
     row: TaskID
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def prepare(comparison: Comparison, folder: Path, overwrite: bool) -> None:
     """Make the comparison's folder, or check that it belongs to this comparison.
 
@@ -41,15 +48,14 @@ def prepare(comparison: Comparison, folder: Path, overwrite: bool) -> None:
         UserError: it holds something else.
     """
     wanted = json.loads(json.dumps(comparison.identity()))
-    if overwrite and folder.is_dir():
-        shutil.rmtree(folder)
+    if overwrite and (folder / "comparison.json").exists():
+        with locked(folder, BUSY.format(folder)):
+            shutil.rmtree(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; choose another --output")
     if folder.is_dir() and any(folder.iterdir()):
         if not (folder / "comparison.json").exists():
-            raise UserError(
-                f"{folder} exists and holds no comparison; choose another --output, or pass --overwrite=true"
-            )
+            raise UserError(f"{folder} exists and holds no comparison; choose another --output")
         found = read_json(folder / "comparison.json", "comparison")
         changed = sorted(key for key in wanted if found.get(key) != wanted[key])
         if changed:
@@ -58,6 +64,10 @@ def prepare(comparison: Comparison, folder: Path, overwrite: bool) -> None:
                 f"--overwrite=true to start anew"
             )
     write_text(folder / "comparison.json", json.dumps(wanted, indent=1) + "\n")
+    for number, text in enumerate(comparison.texts):  # the runs read these copies, not files that may change meanwhile
+        recipe = yaml.safe_load(text) or {}
+        recipe.pop("base", None)
+        write_text(folder / "recipes" / f"{number:02}.yaml", yaml.safe_dump(recipe, sort_keys=False))
 
 
 def run(comparison: Comparison, folder: Path, workers: int, console: Console) -> dict[str, str]:
@@ -66,7 +76,6 @@ def run(comparison: Comparison, folder: Path, workers: int, console: Console) ->
     Returns:
         The error of each variant that failed, by name.
     """
-    cores = os.cpu_count() or 1
     waiting = [name for name in _order(comparison) if not (job_folder(folder, name) / "result.json").exists()]
     for name in waiting:
         (job_folder(folder, name) / "error.txt").unlink(missing_ok=True)
@@ -95,8 +104,7 @@ def run(comparison: Comparison, folder: Path, workers: int, console: Console) ->
                         progress.update(rows[name], state="failed: no trunk")
                 while len(running) < workers and (ready := _next(comparison, folder, waiting)) is not None:
                     waiting.remove(ready)
-                    threads = max(1, cores // min(workers, len(running) + len(waiting) + 1))
-                    process = _process(job.main, comparison, folder, ready, threads)
+                    process = _process(job.main, comparison, folder, ready, max(1, cores() // workers))
                     process.start()
                     progress.start_task(rows[ready])
                     running.append(_Running(process, ready, rows[ready]))
@@ -110,12 +118,12 @@ def run(comparison: Comparison, folder: Path, workers: int, console: Console) ->
 def measure_speed(comparison: Comparison, folder: Path, names: list[str]) -> dict[str, Any]:
     """Step times of the finished variants, measured in turns in one process; kept in speed.json."""
     path = folder / "speed.json"
+    if comparison.reference not in names:
+        return {}
     if path.exists():
         found = read_json(path, "speed measurement")
         if sorted(found) == sorted(names):
             return dict(found)
-    if comparison.reference not in names:
-        return {}
     process = _process(speed.main, comparison, folder, names, path)
     process.start()
     process.join()

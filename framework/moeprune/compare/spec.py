@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from moeprune.errors import UserError, suggest
 
+DATA_THAT_MUST_NOT_DIFFER = {"source", "domains", "vocab_size", "seq_len", "eval_sequences"}
+
 
 @dataclass
 class Variant:
@@ -26,6 +28,26 @@ class Variant:
     start: Literal["trunk", "scratch", "untrained"] = "trunk"
     config: dict[str, Any] = field(default_factory=dict)
     drift: bool = False
+
+    @classmethod
+    def from_config(cls, name: str, config: Any) -> Variant:
+        """From what a comparison's YAML says of the variant `name`.
+
+        Raises:
+            UserError: not a mapping, an unknown key, or a value of the wrong type.
+        """
+        config = {} if config is None else config
+        if not isinstance(config, dict):
+            raise UserError(f"variant {name!r} must be a mapping of options, got {config!r}")
+        known = {"label": str, "start": str, "config": dict, "drift": bool}
+        for key, value in config.items():
+            if key not in known:
+                raise UserError(f"variant {name!r}: {suggest('option', key, list(known))}")
+            if not isinstance(value, known[key]):
+                raise UserError(f"variant {name!r}: {key} must be a {known[key].__name__}, got {value!r}")
+        if config.get("start", "trunk") not in ("trunk", "scratch", "untrained"):
+            raise UserError(f"variant {name!r}: start must be trunk, scratch or untrained, got {config['start']!r}")
+        return cls(**config)
 
 
 @dataclass
@@ -69,6 +91,10 @@ class Comparison:
             for key, value in variant.config.items():
                 if key in ("data", "model", "pruning", "trainer", "checkpoint") and not isinstance(value, dict):
                     raise UserError(f"variant {name!r}: {key} must be a mapping of options, got {value!r}")
+            for key in sorted(DATA_THAT_MUST_NOT_DIFFER & variant.config.get("data", {}).keys()):
+                raise UserError(
+                    f"variant {name!r} changes data.{key}, so its losses would not compare; change the recipe"
+                )
             if not isinstance(variant.config.get("model", {}).get("balancers", []), list):
                 raise UserError(
                     f"variant {name!r}: model.balancers must be a list, got {variant.config['model']['balancers']!r}"

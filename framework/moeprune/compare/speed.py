@@ -16,29 +16,35 @@ ROUNDS, WARM_UP = 15, 2
 
 
 def main(comparison: Comparison, folder: Path, names: list[str], path: Path) -> None:
-    """Time forward, backward and optimizer step of each variant's final model; quartiles over rounds to `path`."""
+    """Time a training step (loss with balancing terms, backward, clipping, optimizer) of each variant's final model, on the CPU.
+
+    Quartiles over rounds go to `path`; ratios are to the reference.
+    """
     with (folder / "speed.log").open("w", encoding="utf-8") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     import torch
 
     from moeprune import checkpoints
-    from moeprune.compare.job import arguments
-    from moeprune.training import cli
-    from moeprune.training.module import sequence_losses
+    from moeprune.compare.job import built
 
-    built = cli.run(arguments(comparison, folder / "speed", {}), execute=False)
-    batches = built.datamodule.training_batches(ROUNDS + WARM_UP)
-    models = {name: checkpoints.load(job_folder(folder, name) / "last.ckpt").train() for name in names}
-    optimizers = {name: torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True) for name, model in models.items()}
+    models, optimizers = {}, {}
+    for name in names:
+        cli = built(comparison, folder, name)
+        cli.model.model = checkpoints.load(job_folder(folder, name) / "last.ckpt").train()
+        models[name] = cli.model
+        optimizers[name] = torch.optim.AdamW(cli.model.parameters(), lr=1e-6, fused=True)
+        if name == names[0]:
+            batches, clip = cli.datamodule.training_batches(ROUNDS + WARM_UP), cli.trainer.gradient_clip_val
     seconds: dict[str, list[float]] = {name: [] for name in names}
     rng = random.Random(0)
     for turn in range(ROUNDS + WARM_UP):
         batch = batches.batch(turn)
         for name in rng.sample(names, len(names)):
             began = time.perf_counter()
-            logits = models[name](batch[:, :-1])
-            sequence_losses(logits, batch[:, 1:]).mean().backward()  # type: ignore[no-untyped-call]
+            models[name].training_step(batch, turn)["loss"].backward()
+            if clip:
+                torch.nn.utils.clip_grad_norm_(models[name].parameters(), clip)
             optimizers[name].step()
             optimizers[name].zero_grad()
             seconds[name].append(time.perf_counter() - began)

@@ -161,14 +161,13 @@ class MoEPruneLM(TemplateLM):  # type: ignore[misc]
             rows = [(context + continuation)[-(limit + 1) :][:-1] for _, context, continuation in chunk]
             log_probs = self._log_probs(rows)
             for (key, context, continuation), row, scores in zip(chunk, rows, log_probs, strict=True):
-                at_continuation = scores[len(row) - len(continuation) : len(row)][None]
-                greedy = at_continuation.argmax(-1)
                 for request, tokens, shared in collator.get_cache(
-                    req_str=key, cxt_toks=context, cont_toks=continuation, logits=at_continuation
+                    req_str=key, cxt_toks=context, cont_toks=continuation, logits=scores[: len(row)][None]
                 ):
                     target = torch.tensor(tokens)[None]
-                    picked = shared.gather(2, target[..., None])[..., 0]
-                    answer = (float(picked.sum()), bool((greedy[:, -target.shape[1] :] == target).all()))
+                    own = shared[:, -len(tokens) :]  # requests that share a pass may split its tokens differently
+                    picked = own.gather(2, target[..., None])[..., 0]
+                    answer = (float(picked.sum()), bool((own.argmax(-1) == target).all()))
                     answers.append(answer)
                     if request is not None:
                         self.cache_hook.add_partial("loglikelihood", request, answer)

@@ -17,7 +17,10 @@ def check_strategy(trainer: pl.Trainer) -> None:
     Raises:
         UserError: anything but a single device or DDP.
     """
-    if not isinstance(trainer.strategy, DDPStrategy | SingleDeviceStrategy):
+    if type(trainer.strategy) not in (
+        DDPStrategy,
+        SingleDeviceStrategy,
+    ):  # DeepSpeed's, among others, derives from DDP's
         raise UserError(
             f"pruning during training does not work under the strategy {type(trainer.strategy).__name__}; "
             f"use --trainer.strategy=auto (one device) or ddp"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,10 @@ class PrunePlan:
             tuple(removed) if len(removed) == len(kept) else (),
         )
 
+    def made_by(self, pruner: Any) -> PrunePlan:
+        """This plan, its provenance naming the pruner also where the pruner's author did not."""
+        return replace(self, provenance={"pruner": pruner.describe(), **self.provenance})
+
     @property
     def n_kept(self) -> tuple[int, ...]:
         """Experts kept per layer."""
@@ -146,7 +150,9 @@ class PrunePlan:
                 dict(data.get("provenance", {})),
                 tuple(map(float, data.get("removed_load", ()))),
             )
-        except (KeyError, TypeError) as error:
+        except UserError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"the prune plan lacks or garbles a field: {error}") from error
 
     def save(self, path: str | Path) -> None:

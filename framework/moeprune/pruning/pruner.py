@@ -46,7 +46,9 @@ def _plain(value: Any) -> Any:
         return value.describe()
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, str | int | float | bool | dict | None) else str(value)
 
 
 class Criterion(_Described, ABC):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import random
 import resource
 import sys
@@ -13,16 +14,16 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.callbacks import BasePredictionWriter, Checkpoint
 from pytorch_lightning.trainer.states import TrainerFn
 
 from moeprune.errors import UserError
 from moeprune.files import JsonLines
-from moeprune.training.expert_pruning import run_folder
+from moeprune.training.expert_pruning import run_folder, save_checkpoint
 
 
 class RunRecorder(pl.Callback):
-    """Writes `history.jsonl` (loss, learning rate, seconds of every optimizer step) and `validation.jsonl` into the run's folder.
+    """Writes `history.jsonl` (loss of the first rank's share, learning rate, seconds of every optimizer step) and `validation.jsonl` into the run's folder.
 
     Rows up to a checkpoint are on disk before it; a resumed run drops later rows and goes on, so each step is there once.
     """
@@ -73,6 +74,7 @@ class RunRecorder(pl.Callback):
         if trainer.is_global_zero and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             losses = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val_loss")}
             self._validation.append({"step": trainer.global_step, **losses})
+            self._validation.flush()  # after the checkpoint of this step; a resumed run does not measure it again
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave complete files."""
@@ -193,10 +195,30 @@ class LastCheckpoint(Checkpoint):
         if trainer.global_step == self._saved:
             return
         self._saved = trainer.global_step
-        try:
-            trainer.save_checkpoint(run_folder(trainer) / "last.ckpt")
-        except OSError as error:
-            raise UserError(
-                f"cannot write the checkpoint {run_folder(trainer) / 'last.ckpt'}: {error.strerror or error}; free space "
-                f"and resume from the one before"
-            ) from error
+        save_checkpoint(trainer, "last.ckpt")
+
+
+class Predictions(BasePredictionWriter):
+    """`moeprune predict` writes `predictions.jsonl` into the run's folder: per sequence its domain, tokens and log-probabilities."""
+
+    def __init__(self) -> None:
+        super().__init__("batch")
+
+    def write_on_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        prediction: Any,
+        batch_indices: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Add the batch's rows; the first batch starts the file anew."""
+        folder = run_folder(trainer)
+        folder.mkdir(parents=True, exist_ok=True)
+        name = "predictions.jsonl" if trainer.world_size == 1 else f"predictions.{trainer.global_rank}.jsonl"
+        rows = zip(batch["tokens"][:, 1:].tolist(), prediction.tolist(), strict=True)
+        with (folder / name).open("a" if batch_idx else "w", encoding="utf-8") as file:
+            for tokens, log_probs in rows:
+                file.write(json.dumps({"domain": batch["domain"], "tokens": tokens, "log_probs": log_probs}) + "\n")

@@ -17,7 +17,7 @@ from moeprune import names
 from moeprune.checkpoints import ENTRY, Checkpoint, read_lightning
 from moeprune.cli import Sentences, read_recipe
 from moeprune.errors import UserError
-from moeprune.training.callbacks import LastCheckpoint, RandomState, RunRecorder
+from moeprune.training.callbacks import LastCheckpoint, Predictions, RandomState, RunRecorder
 from moeprune.training.data import TextData
 from moeprune.training.expert_pruning import ExpertPruning
 from moeprune.training.module import MoELanguageModel
@@ -34,11 +34,9 @@ class SaveConfig(SaveConfigCallback):
         if stage != "fit" or getattr(trainer, "fast_dev_run", False):
             return
         folder = Path(trainer.default_root_dir)
-        if (
-            trainer.ckpt_path is None
-            and getattr(self.config, "ckpt_path", None) is None
-            and (folder / "history.jsonl").exists()
-        ):
+        start = trainer.ckpt_path or getattr(self.config, "ckpt_path", None)
+        own = start is not None and Path(start).resolve().parent == folder.resolve()
+        if not own and (folder / "history.jsonl").exists():
             checkpoint = folder / "last.ckpt"
             ways = f"continue it with --ckpt_path={checkpoint}, or " if checkpoint.exists() else "remove it, or "
             raise UserError(
@@ -83,6 +81,8 @@ class CLI(LightningCLI):
         """
         config = self.config[self.subcommand] if self.subcommand else self.config
         path = config.get("ckpt_path")
+        if self.subcommand in ("validate", "test", "predict") and not path:
+            print("moeprune: no --ckpt_path given: this is a fresh, untrained model", file=sys.stderr)
         if path and path not in ("best", "last", "hpc"):  # names that Lightning resolves itself
             data = read_lightning(path)
             Checkpoint.from_entry(data.get(ENTRY, {}), {}, str(path))
@@ -174,7 +174,7 @@ def run(args: list[str] | None = None, execute: bool = True) -> CLI:
             "logger": False,
             "default_root_dir": "runs/unnamed",
             "num_sanity_val_steps": 0,
-            "callbacks": [RunRecorder(), RandomState()],
+            "callbacks": [RunRecorder(), RandomState(), Predictions()],
         },
     )
 

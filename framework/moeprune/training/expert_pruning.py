@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -176,7 +177,7 @@ class ExpertPruning(pl.Callback):
                 self._events_file.append({"step": trainer.global_step, "reason": reason, "stop": True})
             self.trigger = None  # do not ask again while Lightning winds down
             trainer.should_stop = True
-            trainer.save_checkpoint(run_folder(trainer) / "trunk.ckpt")
+            save_checkpoint(trainer, "trunk.ckpt")
         elif self.pruner is not None:
             self._prune(trainer, module, reason)
 
@@ -186,7 +187,7 @@ class ExpertPruning(pl.Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         began = time.perf_counter()
         evidence = self._evidence(trainer, module)
-        plan = self.pruner.plan(evidence, self.constraints)
+        plan = self.pruner.plan(evidence, self.constraints).made_by(self.pruner)
         plan = PrunePlan.from_dict(trainer.strategy.broadcast(plan.to_dict()))  # every rank the same decision
         planned = time.perf_counter()
         before = domain_losses(model, data.evaluation_batches("valid"))
@@ -272,6 +273,27 @@ class ExpertPruning(pl.Callback):
 def run_folder(trainer: pl.Trainer) -> Path:
     """Where a run's files go: the trainer's default_root_dir."""
     return Path(trainer.default_root_dir)
+
+
+def save_checkpoint(trainer: pl.Trainer, name: str) -> None:
+    """Save into the run's folder, whole or not at all: a neighbour file takes the name once it is on disk. All ranks call it.
+
+    Raises:
+        UserError: the disk is full; the file of that name, if there is one, is as it was.
+    """
+    path = run_folder(trainer) / name
+    fresh = path.with_name(f".{name}.new")
+    try:
+        trainer.save_checkpoint(fresh)
+        if trainer.is_global_zero:
+            with fresh.open("rb+") as file:
+                os.fsync(file.fileno())
+            fresh.replace(path)
+    except OSError as error:
+        fresh.unlink(missing_ok=True)
+        raise UserError(
+            f"cannot write the checkpoint {path}: {error.strerror or error}; free space and resume from the one before"
+        ) from error
 
 
 def _module(module: pl.LightningModule) -> MoELanguageModel:

@@ -121,11 +121,7 @@ class MoELanguageModel(pl.LightningModule):
         return logits
 
     def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:
-        """Cross-entropy plus balancing terms; also hands out the layers' counts, for the load windows.
-
-        Raises:
-            UserError: the loss is not finite; step and layer are named.
-        """
+        """Cross-entropy plus balancing terms; also hands out the layers' counts, for the load windows."""
         logits, routings = self.transformer.forward_with_routing(batch[:, :-1])
         loss = sequence_losses(logits, batch[:, 1:]).mean()
         total = loss
@@ -146,13 +142,14 @@ class MoELanguageModel(pl.LightningModule):
         if "16-mixed" in self.trainer.precision and "bf16" not in self.trainer.precision:
             return
         flags = [
-            torch.stack([p.grad.isfinite().all() for p in layer.router.parameters() if p.grad is not None]).all()
+            torch.stack([p.grad.isfinite().all() for p in parameters if p.grad is not None]).all()
             for layer in self.transformer.moe_layers
+            if (parameters := [*layer.router.parameters()] or [layer.experts.down])
         ]
         finite = torch.stack(flags).tolist()  # one transfer from the device for all layers
         if not all(finite):
             raise UserError(
-                f"the gradient of the router of layer {finite.index(False)} is not finite at step {self.global_step}; "
+                f"the gradient of layer {finite.index(False)} is not finite at step {self.global_step}; "
                 f"lower the learning rate or clip gradients (--trainer.gradient_clip_val=1)"
             )
 
@@ -163,9 +160,10 @@ class MoELanguageModel(pl.LightningModule):
 
     def _report(self, name: str) -> None:
         """Log the mean of the domains and each of them, over all ranks."""
-        domains = self.trainer.datamodule.corpus.domains  # type: ignore[attr-defined]
-        metrics = [self._domain_metrics.setdefault(domain, MeanMetric().to(self.device)) for domain in domains]
-        losses = [metric.compute() for metric in metrics]
+        domains = [d for d in self.trainer.datamodule.corpus.domains if d in self._domain_metrics]  # type: ignore[attr-defined]
+        losses = [self._domain_metrics[domain].compute() for domain in domains]
+        if not losses:
+            return
         self.log(name, torch.stack(losses).mean(), prog_bar=True)
         self.log_dict({f"{name}/{domain}": loss for domain, loss in zip(domains, losses, strict=True)})
         self._domain_metrics = {}
@@ -241,6 +239,12 @@ class MoELanguageModel(pl.LightningModule):
             raise UserError(
                 f"the checkpoint was trained with model.config.{name}={getattr(saved.config, name)}, this configuration "
                 f"says {getattr(self.config, name)}; use the configuration it was trained with"
+            )
+        data = getattr(self.trainer, "datamodule", None)
+        if saved.tokenizer and data is not None and saved.tokenizer != data.store.tokenizer_json:
+            raise UserError(
+                f"the checkpoint was trained with another tokenizer than data.source={data.corpus.source}, data.domains="
+                f"{list(data.corpus.domains)} gives; use the data it was trained on ({saved.data})"
             )
         self.plans = saved.plans
         n_experts = [len(ids) for ids in saved.expert_ids]

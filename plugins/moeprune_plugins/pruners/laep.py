@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 
@@ -41,14 +41,18 @@ class LAEP(Pruner):
 
     needs = frozenset({"counts"})
 
-    def __init__(self, alpha: float | list[float] = math.inf, beta: float | list[float] = 0.1) -> None:
+    def __init__(
+        self,
+        alpha: float | list[float | Literal["inf"]] | Literal["inf"] = math.inf,
+        beta: float | list[float] = 0.1,
+    ) -> None:
         for value in _listed(alpha):
             if not value >= 0:
                 raise UserError(f"alpha must be at least 0 (infinity switches it off), got {value}")
         for value in _listed(beta):
             if not 0 <= value <= 1:
                 raise UserError(f"beta must lie in [0, 1], got {value}")
-        self.alpha = alpha
+        self.alpha = list(_listed(alpha)) if isinstance(alpha, list | tuple) else _listed(alpha)[0]
         self.beta = beta
 
     def plan(self, evidence: Evidence, constraints: Constraints = Constraints()) -> PrunePlan:  # noqa: B008
@@ -62,6 +66,7 @@ class LAEP(Pruner):
                 raise UserError(
                     f"layer {index} received no tokens: all its counts are 0; record loads over a longer window"
                 )
+            constraints.feasible(len(layer.ids), evidence.top_k, layer.n_original, index)
             survivors = set(layer.ids) - set(cut_by_rule(layer, alphas[index], betas[index]))
             size = layer.n_original // constraints.n_groups
             busiest = max(sum(i // size == group for i in survivors) for group in range(constraints.n_groups))
@@ -87,8 +92,8 @@ def cut_by_rule(layer: LayerEvidence, alpha: float, beta: float) -> list[int]:
     return cut
 
 
-def _listed(value: float | list[float]) -> Sequence[float]:
-    return value if isinstance(value, list | tuple) else [value]
+def _listed(value: Any) -> list[float]:
+    return [float(item) for item in (value if isinstance(value, list | tuple) else [value])]
 
 
 def _per_layer(name: str, value: float | list[float], n_layers: int) -> list[float]:
