@@ -269,8 +269,8 @@ def test_names_of_commands_kinds_and_suites(refused: Refused, arguments: list[st
         ("--suite=ofline", "no suite 'ofline' | 'offline'"),
         ("--recipe=absent.yaml", "recipe: | absent.yaml"),
         ("--reference=zz", "'zz' | known: a"),
-        ("--variants={a: {lable: A}}", "no option lable; did you mean label?"),
-        ("--variants={a: {start: sratch}}", "expected 'trunk' or 'scratch' or 'untrained', got 'sratch'"),
+        ("--variants={a: {lable: A}}", "there is no option 'lable'; did you mean 'label'"),
+        ("--variants={a: {start: sratch}}", "start must be trunk, scratch or untrained, got 'sratch'"),
         ("--variants={a: {config: {pruning: {pruner: leap}}}}", "variant 'a' | no pruner 'leap' | 'laep'"),
     ],
 )
