@@ -72,7 +72,7 @@ def read_json(path: str | Path, what: str) -> Any:
         raise UserError(f"the {what} at {path} is not JSON{at}") from error
 
 
-def new_folder(path: str | Path, overwrite: bool = False, option: str = "--output") -> Path:
+def new_folder(path: str | Path, overwrite: bool = False) -> Path:
     """Check that `path` can become an output folder: it does not exist, is empty, or may be overwritten.
 
     Raises:
@@ -80,9 +80,9 @@ def new_folder(path: str | Path, overwrite: bool = False, option: str = "--outpu
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
-        raise UserError(f"{path} is a file; choose another {option}")
+        raise UserError(f"{path} is a file; choose another --output")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise UserError(f"{path} exists and is not empty; choose another {option}, remove it, or pass --overwrite=true")
+        raise UserError(f"{path} exists and is not empty; choose another --output, remove it, or pass --overwrite=true")
     return path
 
 

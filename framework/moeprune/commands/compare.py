@@ -59,11 +59,9 @@ def command(
     workers = min(runner.cores(), max(1, len(variants))) if workers is None else workers
     if workers < 1:
         raise UserError(f"workers must be at least 1, got {workers}")
-    recipes = lineage(Path(str(recipe.absolute)))
     comparison = Comparison(
         name,
-        [str(path) for path in recipes],
-        [path.read_text(encoding="utf-8") for path in recipes],
+        [path.read_text(encoding="utf-8") for path in lineage(Path(str(recipe.absolute)))],
         trunk or {},
         {each: Variant.from_config(each, config) for each, config in variants.items()},
         reference,

@@ -56,8 +56,7 @@ class Comparison:
 
     Args:
         name: of the comparison.
-        recipes: paths of the recipe and all it builds on, oldest first.
-        texts: their contents.
+        texts: of the recipe and all it builds on, oldest first.
         trunk: lines of the recipe that the trunk changes: its trigger.
         variants: by name, in the order of the table.
         reference: the variant that the others are compared with.
@@ -67,7 +66,6 @@ class Comparison:
     """
 
     name: str
-    recipes: list[str]
     texts: list[str]
     trunk: dict[str, Any]
     variants: dict[str, Variant]
@@ -112,10 +110,8 @@ class Comparison:
         return any(variant.start == "trunk" for variant in self.variants.values())
 
     def identity(self) -> dict[str, Any]:
-        """Everything that decides the results, as plain data; places of files do not."""
-        data = asdict(self)
-        del data["recipes"]
-        return data
+        """Everything that decides the results, as plain data."""
+        return asdict(self)
 
 
 def job_folder(folder: Path, name: str) -> Path:

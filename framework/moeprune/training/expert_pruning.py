@@ -32,7 +32,7 @@ class ExpertPruning(pl.Callback):
     """Watches the experts' loads during training and prunes when the trigger fires.
 
     Loads are summed over windows of `window` steps and over all ranks. After each step the trigger is asked; when it
-    fires, the pruner plans from the last `evidence_windows` windows (and, where it asks for gradients, from calibration
+    fires, the pruner plans from the last `evidence_windows` windows (and, where it reads more than loads, from calibration
     batches), the plan is applied to the model and its optimizer, and training goes on. Windows and events are rows of
     `loads.jsonl` and `events.jsonl` in the run's folder, and are part of every checkpoint.
 
@@ -42,7 +42,7 @@ class ExpertPruning(pl.Callback):
         constraints: bounds that the plan obeys.
         window: optimizer steps per load window; enough to hold 20 000 tokens.
         evidence_windows: how many of the last windows the pruner sees.
-        calibration_batches: training batches measured for a pruner that needs gradients.
+        calibration_batches: batches of training text measured for a pruner that reads more than loads and weights.
         stop: when the trigger fires, save `trunk.ckpt` in the run's folder and end the run instead of pruning.
 
     Raises:
