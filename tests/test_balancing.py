@@ -54,14 +54,14 @@ def routing(T: int, E: int, K: int, mask: torch.Tensor | None = None, uniform: b
 
 def test_switch_loss_is_one_at_balance_and_equals_its_formula() -> None:
     switch = create("balancer", "switch")
-    assert switch.loss(routing(12, 6, 2, uniform=True)).item() == pytest.approx(1)
+    assert switch.loss(routing(12, 6, 2, uniform=True), None).item() == pytest.approx(1)
     mask = torch.arange(30) < 17
     r = routing(30, 6, 2, mask)
     expected = 0.0
     for i in range(6):
         f = sum(int(e == i) for t in range(17) for e in r.indices[t].tolist()) / (2 * 17)
         expected += 6 * f * sum(r.probs[t, i].item() for t in range(17)) / 17
-    assert switch.loss(r).item() == pytest.approx(expected, rel=1e-5)
+    assert switch.loss(r, None).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_switch_loss_pushes_towards_balance() -> None:
@@ -70,7 +70,7 @@ def test_switch_loss_pushes_towards_balance() -> None:
     logits.requires_grad_()
     probs = logits.softmax(-1)
     indices = probs.topk(1).indices
-    create("balancer", "switch").loss(Routing(logits, probs, probs, indices)).backward()
+    create("balancer", "switch").loss(Routing(logits, probs, probs, indices), None).backward()
     assert (logits.grad[:, 0] > 0).all()
     assert (logits.grad[:, 1:] < 0).all()
     with pytest.raises(UserError, match="coefficient"):

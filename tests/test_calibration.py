@@ -10,10 +10,12 @@ from torch.nn import functional as F
 from moeprune.errors import UserError
 from moeprune.model.config import MoEConfig
 from moeprune.model.transformer import MoETransformer
-from moeprune.pruning.calibration import FAMILY, GRADIENTS, OUTPUTS, record
+from moeprune.pruning.calibration import GRADIENTS, Recording, record
 from moeprune.registry import create, entries
 
 CONFIG = MoEConfig(vocab_size=53, d_model=16, n_layers=2, n_heads=2, n_experts=6, top_k=2, d_expert=7, max_seq_len=12)
+FAMILY = tuple(f"g{a}f{b}" for a in range(3) for b in range(3))
+OUTPUTS = frozenset(FAMILY) | {"max_f", "norm_mean_f", "var_f", "mean_f"}
 GATES = ["weight", "topk", "softmax"]
 
 
@@ -64,6 +66,7 @@ def slow(model: MoETransformer, gate: str) -> list[dict[str, np.ndarray]]:
             name: np.array([(np.array(gates[e]) ** int(name[1]) * norms[e] ** int(name[3])).sum() for e in range(6)])
             for name in FAMILY
         }
+        stats["mean_f"] = np.array([np.mean(fs, 0) if fs else np.zeros(16) for fs in outputs])
         stats["max_f"] = np.array([np.abs(fs).max() if fs else 0.0 for fs in outputs])
         stats["norm_mean_f"] = np.array([np.linalg.norm(np.mean(fs, 0)) if fs else 0.0 for fs in outputs])
         stats["var_f"] = np.array(
@@ -133,15 +136,42 @@ def test_the_model_is_as_it_was(model: MoETransformer) -> None:
 
 def test_recording_computes_the_same_output(model: MoETransformer) -> None:
     """The pass that measures is the model's own forward pass."""
-    from moeprune.pruning.calibration import _Recorder
-
     x = batches()[0][:, :-1]
+    recording = Recording(model, OUTPUTS)
     with torch.no_grad():
         plain = model(x)
-        recorders = [_Recorder(layer, OUTPUTS, "weight") for layer in model.moe_layers]
-        torch.testing.assert_close(model(x), plain, rtol=0, atol=1e-6)
-    for recorder in recorders:
-        recorder.remove()
+        with recording._watching(None):
+            torch.testing.assert_close(model(x), plain, rtol=0, atol=1e-6)
+        assert torch.equal(model(x), plain)
+
+
+def test_padding_counts_for_nothing(model: MoETransformer) -> None:
+    """Right padding, whatever tokens it holds, leaves every statistic as it is."""
+    (batch,) = batches(1)
+    mask = torch.ones_like(batch, dtype=torch.bool)
+    mask[:, 9:] = False
+    needs = OUTPUTS | {"counts"}
+    alone = record(model, [batch[:, :10]], needs)
+    padded = [record(model, [(batch.masked_fill(~mask, junk), mask)], needs | GRADIENTS) for junk in (0, 17)]
+    for a, b, c in zip(alone.layers, padded[0].layers, padded[1].layers, strict=True):
+        assert a.counts.sum() == 2 * 9 * 2
+        for name in needs:
+            np.testing.assert_allclose(a.stats[name], b.stats[name], rtol=1e-5, atol=1e-9, err_msg=name)
+        for name in needs | GRADIENTS:
+            np.testing.assert_allclose(b.stats[name], c.stats[name], rtol=1e-5, atol=1e-9, err_msg=name)
+
+
+def test_a_recording_goes_on_in_another_process(model: MoETransformer) -> None:
+    needs = OUTPUTS | {"counts"} | GRADIENTS
+    straight = record(model, batches(), needs)
+    first, second = Recording(model, needs), Recording(model, needs)
+    first.update(batches()[0])
+    second.load_state(first.state())
+    for batch in batches()[1:]:
+        second.update(batch)
+    assert second.tokens == 3 * 2 * 12
+    for a, b in zip(straight.layers, second.evidence().layers, strict=True):
+        assert all(np.array_equal(a.stats[name], b.stats[name]) for name in needs)
 
 
 def test_reap_by_hand(model: MoETransformer) -> None:
@@ -156,7 +186,7 @@ def test_reap_by_hand(model: MoETransformer) -> None:
 
 
 def test_family_members_agree_with_the_parametrised_criterion(model: MoETransformer) -> None:
-    layer = record(model, batches(), OUTPUTS).layers[1]
+    layer = record(model, batches(), OUTPUTS | {"counts"}).layers[1]
     members = {
         "frequency": (0, 0, 0),
         "seer_soft": (0, 1, 0),

@@ -44,7 +44,7 @@ class Good(Pruner):
         kept = []
         for index, layer in enumerate(evidence.layers):
             n = constraints.nearest_at_least(self.keep, len(layer.ids), evidence.top_k, layer.n_original, index)
-            kept.append(self.choose(layer, n, constraints))
+            kept.append(self.choose(layer, n, constraints, index))
         return PrunePlan(
             tuple(map(tuple, kept)),
             tuple(layer.ids for layer in evidence.layers),
@@ -52,38 +52,36 @@ class Good(Pruner):
             1,
         )
 
-    def choose(self, layer: Any, n: int, constraints: Constraints) -> list[int]:
-        from moeprune.pruning.constraints import keep_highest
-
-        return list(keep_highest(layer.counts.astype(float), n, layer.ids, layer.n_original, constraints.n_groups))
+    def choose(self, layer: Any, n: int, constraints: Constraints, index: int) -> list[int]:
+        return list(constraints.keep_highest(layer.counts.astype(float), n, layer, index))
 
 
 class IgnoresTopK(Good):
     """Keeps one. Source: here."""
 
-    def choose(self, layer: Any, n: int, constraints: Constraints) -> list[int]:
+    def choose(self, layer: Any, n: int, constraints: Constraints, index: int) -> list[int]:
         return [int(np.argmax(layer.counts))]
 
 
 class IgnoresGroups(Good):
     """Keeps the busiest of all groups. Source: here."""
 
-    def choose(self, layer: Any, n: int, constraints: Constraints) -> list[int]:
-        return super().choose(layer, n, Constraints())
+    def choose(self, layer: Any, n: int, constraints: Constraints, index: int) -> list[int]:
+        return super().choose(layer, n, Constraints(), index)
 
 
 class Unseeded(Good):
     """Draws lots. Source: here."""
 
-    def choose(self, layer: Any, n: int, constraints: Constraints) -> list[int]:
+    def choose(self, layer: Any, n: int, constraints: Constraints, index: int) -> list[int]:
         return sorted(np.random.default_rng().permutation(layer.ids)[:n].tolist())
 
 
 class Mutates(Good):
     """Writes into its evidence. Source: here."""
 
-    def choose(self, layer: Any, n: int, constraints: Constraints) -> list[int]:
-        kept = super().choose(layer, n, constraints)
+    def choose(self, layer: Any, n: int, constraints: Constraints, index: int) -> list[int]:
+        kept = super().choose(layer, n, constraints, index)
         if layer.counts.flags.writeable:
             layer.counts[0] += 1
         return kept
@@ -92,15 +90,15 @@ class Mutates(Good):
 class ReadsMore(Good):
     """Reads what it does not declare. Source: here."""
 
-    def choose(self, layer: Any, n: int, constraints: Constraints) -> list[int]:
+    def choose(self, layer: Any, n: int, constraints: Constraints, index: int) -> list[int]:
         layer.stats["g1f1"]
-        return super().choose(layer, n, constraints)
+        return super().choose(layer, n, constraints, index)
 
 
 class DependsOnOrder(Good):
     """Keeps the first ones. Source: here."""
 
-    def choose(self, layer: Any, n: int, constraints: Constraints) -> list[int]:
+    def choose(self, layer: Any, n: int, constraints: Constraints, index: int) -> list[int]:
         return list(layer.ids[:n])
 
 
@@ -138,7 +136,7 @@ class TrustsNaN(Good):
     needs = frozenset({"counts", "taylor"})
 
     def plan(self, evidence: Evidence, constraints: Constraints = Constraints()) -> PrunePlan:  # noqa: B008
-        return create("pruner", "lowest_load").plan(evidence, constraints)
+        return create("pruner", "frequency").plan(evidence, constraints)
 
 
 def failing(kind: str, make: Callable[[], Any]) -> set[str]:

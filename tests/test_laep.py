@@ -179,7 +179,7 @@ def test_same_numbers_for_the_controls() -> None:
     assert per_layer.n_kept == reference.n_kept
     assert per_layer.kept != reference.kept
     uniform = create(
-        "pruner", "lowest_load", allocation=create("allocation", "match", pruner=laep, spread="uniform")
+        "pruner", "frequency", allocation=create("allocation", "match", pruner=laep, spread="uniform")
     ).plan(evidence)
     assert sum(uniform.n_kept) == sum(reference.n_kept)
     assert max(uniform.n_kept) - min(uniform.n_kept) <= 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,8 @@ from hypothesis import strategies as st
 
 from moeprune import Constraints, Evidence, PrunePlan
 from moeprune.errors import UserError
-from moeprune.pruning.constraints import keep_highest
+from moeprune.pruning.evidence import LayerEvidence
+from moeprune.pruning.plan import Merge
 
 PLAN = PrunePlan(((0, 2), (1, 3)), ((0, 1, 2, 3), (0, 1, 2, 3)), (4, 4), 2, {"pruner": "x", "step": 3}, (0.25, 0.5))
 
@@ -101,12 +104,16 @@ def test_keep_highest(data: st.DataObject) -> None:
     scores = np.array(data.draw(st.lists(score, min_size=len(ids), max_size=len(ids))))
     each = data.draw(st.integers(1, size))
     groups = [[i for i in ids if i // size == group] for group in range(n_groups)]
+    layer = LayerEvidence(tuple(ids), n_original, {})
+    safe = [i for group in groups for i in data.draw(st.permutations(group))[: data.draw(st.integers(0, each))]]
+    constraints = Constraints(n_groups=n_groups, protected=[safe])
     if min(map(len, groups)) < each:
         with pytest.raises(UserError, match="experts left"):
-            keep_highest(scores, each * n_groups, ids, n_original, n_groups)
+            constraints.keep_highest(scores, each * n_groups, layer, 0)
         return
-    kept = keep_highest(scores, each * n_groups, ids, n_original, n_groups)
-    value = {i: (scores[position], i) for position, i in enumerate(ids)}
+    kept = constraints.keep_highest(scores, each * n_groups, layer, 0)
+    value = {i: (i in safe, scores[position], i) for position, i in enumerate(ids)}
+    assert set(safe) <= set(kept)
     assert list(kept) == sorted(set(kept))
     for group in groups:
         stay, go = [i for i in group if i in kept], [i for i in group if i not in kept]
@@ -176,3 +183,50 @@ def test_table() -> None:
     assert lines[3][:3] == ["all", "8", "4"]
     assert "50.0%" in lines[3][3]
     assert "load" not in str(dataclasses.replace(PLAN, removed_load=()))
+
+
+def test_protected_experts_are_there_and_fit() -> None:
+    layer = LayerEvidence((0, 1, 2, 3), 4, {})
+    with pytest.raises(UserError, match=r"protected experts \[7\] are not among .* layer 0"):
+        Constraints(protected=[[7]]).keep_highest(np.zeros(4), 2, layer, 0)
+    with pytest.raises(UserError, match="number of protected experts=3 is above max_keep=2 in layer 0"):
+        Constraints(protected=[[0, 1, 2]], max_keep=2).feasible(4, 1, layer=0)
+    with pytest.raises(UserError, match="number of protected experts=4 is above max_keep=3"):
+        Constraints(protected=[[0, 1]], max_keep=3, n_groups=2).feasible(4, 1, layer=0)  # two in one group of two
+    with pytest.raises(UserError, match="protected holds 1 lists, too few for layer 1"):
+        Constraints(protected=[[0]]).feasible(4, 1, layer=1)
+
+
+@given(st.data())
+def test_distribute(data: st.DataObject) -> None:
+    """Against every choice there is: the sum is reached, and no other of that sum is nearer."""
+    n_layers, E = data.draw(st.integers(1, 3)), data.draw(st.integers(2, 6))
+    constraints = Constraints(multiple_of=data.draw(st.sampled_from([1, 2])), min_keep=data.draw(st.integers(1, 2)))
+    wanted = data.draw(st.lists(st.floats(-2, 8), min_size=n_layers, max_size=n_layers))
+    total = data.draw(st.integers(0, n_layers * E + 3))
+    evidence = Evidence.from_counts([[1] * E] * n_layers, 1)
+    numbers = constraints.distribute(wanted, total, evidence)
+    allowed = constraints.feasible(E, 1)
+    assert all(n in allowed for n in numbers)
+    assert sum(numbers) >= min(total, allowed[-1] * n_layers)
+    assert sum(numbers) < max(total, allowed[0] * n_layers + 1) + allowed.step
+
+    def distance(choice: tuple[int, ...]) -> float:
+        return sum((n - w) ** 2 for n, w in zip(choice, wanted, strict=True))
+
+    rivals = [c for c in itertools.product(allowed, repeat=n_layers) if sum(c) == sum(numbers)]
+    assert distance(tuple(numbers)) <= min(map(distance, rivals)) + 1e-9
+
+
+def test_merges_are_checked_and_survive_json() -> None:
+    plan = PrunePlan(((0, 2),), ((0, 1, 2, 3),), (4,), 2, merges=((Merge(0, (0, 1), (0.25, 0.75)),),), align=True)
+    assert PrunePlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    for merge, words in (
+        (Merge(1, (0, 1), (0.5, 0.5)), "which does not stay"),
+        (Merge(0, (0, 7), (0.5, 0.5)), "not among"),
+        (Merge(0, (0, 1), (0.5, 0.6)), "sum to 1"),
+    ):
+        with pytest.raises(UserError, match=words):
+            dataclasses.replace(plan, merges=((merge,),))
+    with pytest.raises(UserError, match="do not combine"):
+        plan.then(plan)

@@ -223,7 +223,7 @@ def test_same_seed_same_run(recipe: Path, straight: Path, tmp_path: Path) -> Non
     assert_same_state(tmp_path / "again" / "last.ckpt", straight / "last.ckpt")
 
 
-@pytest.mark.parametrize("pruner", ["taylor", "magnitude", "random", "lowest_load"])
+@pytest.mark.parametrize("pruner", ["taylor", "magnitude", "random", "frequency"])
 def test_every_pruner_prunes_in_training(recipe: Path, tmp_path: Path, pruner: str) -> None:
     options = [f"--pruning.pruner={pruner}", "--pruning.pruner.ratio=0.5", *PRUNE[2:], "--trainer.max_steps=12"]
     assert fit(recipe, tmp_path / pruner, *options, "--model.balancers+=switch") == 0

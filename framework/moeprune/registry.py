@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from importlib.machinery import ModuleSpec, PathFinder
@@ -34,6 +34,7 @@ KINDS: Mapping[str, str] = {
     "balancer": "moeprune.balancing.balancer:Balancer",
     "placement": "moeprune.parallel.placement:Placement",
     "router": "moeprune.model.router:Router",
+    "statistic": "moeprune.pruning.statistic:Statistic",
     "suite": "moeprune.evaluation.suite:Suite",
 }
 
@@ -47,6 +48,7 @@ class Entry:
     value: str  # "module:attribute"
     distribution: str
     version: str
+    criterion: bool = False  # the pruner that scores with the criterion of this name
 
     def __str__(self) -> str:
         return f"{self.value} of {self.distribution} {self.version}"
@@ -73,6 +75,12 @@ class Entry:
             UserError: the import fails, or the object is no (or an abstract) subclass of the kind's contract.
         """
         module, _, attribute = self.value.partition(":")
+        if self.criterion:
+            from moeprune.pruning.pruner import pruner_of
+
+            scored: Any = replace(self, kind="criterion", criterion=False).load()
+            made: type[Any] = pruner_of(scored, self.name)
+            return made
         try:
             loaded = getattr(import_module(module), attribute)
         except Exception as error:  # whatever a third party's module does on import is theirs; name it and go on
@@ -108,8 +116,19 @@ def group(kind: str) -> str:
 
 
 def entries(kind: str) -> list[Entry]:
-    """Every registered entry of `kind`, sorted by name; the same name may appear twice (see `lookup`)."""
-    return [entry for entry in _scan() if entry.kind == _known_kind(kind)]
+    """Every registered entry of `kind`, sorted by name; the same name may appear twice (see `lookup`).
+
+    Every criterion is a pruner as well, by its own name, unless a pruner of that name is registered.
+    """
+    found = [entry for entry in _scan() if entry.kind == _known_kind(kind)]
+    if kind == "pruner":
+        taken = {entry.name for entry in found}
+        found += [
+            replace(entry, kind="pruner", criterion=True)
+            for entry in _scan()
+            if entry.kind == "criterion" and entry.name not in taken
+        ]
+    return sorted(found)
 
 
 def lookup(kind: str, name: str) -> Entry:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 from moeprune import registry
 from moeprune.errors import UserError
 from moeprune.model.config import MoEConfig
+from moeprune.model.router import Routing
 from moeprune.model.transformer import MoETransformer
-from moeprune.pruning.calibration import FAMILY, RECORDED
+from moeprune.pruning.calibration import statistics
 from moeprune.pruning.constraints import Constraints
-from moeprune.pruning.evidence import Evidence, LayerEvidence
+from moeprune.pruning.evidence import Acceptance, Evidence, LayerEvidence
 from moeprune.pruning.plan import PrunePlan
 from moeprune.pruning.pruner import Allocation, Criterion, Pruner, ScorePruner
 from moeprune.pruning.surgery import apply_plan
@@ -40,6 +41,9 @@ CONSTRAINTS = (
     Constraints(multiple_of=2, min_keep=3, max_keep=8, n_groups=2),
 )
 Make = Callable[[], Any]
+FAMILY = tuple(f"g{a}f{b}" for a in range(3) for b in range(3))
+SHAPES = {"w1": (E, 3), "w2": (E, 3), "w_n": (E, 3), "mean_f": (E, D), "logit_gram": (E, E), "ablation": ()}
+PAIRWISE = {"logit_gram"}  # both dimensions count experts
 
 
 class _Guarded(dict[str, NDArray[Any]]):
@@ -65,14 +69,32 @@ def synthetic_evidence(needs: frozenset[str], seed: int = 0, n_layers: int = 3) 
     layers = []
     for _ in range(n_layers):
         tokens = rng.permutation(np.arange(1, E + 1)) * 7 + rng.integers(0, 5, E)
-        stats: dict[str, NDArray[Any]] = {name: rng.random(E) * 3 + 0.01 for name in sorted(needs - {"weights"})}
+        stats: dict[str, NDArray[Any]] = {
+            name: np.asarray(rng.random(SHAPES.get(name, (E,))) * 3 + 0.01)
+            for name in sorted(needs - {"weights", "acceptance"})
+        }
+        stats |= {name: stats[name] @ stats[name].T for name in needs & PAIRWISE}
         stats |= {name: tokens.astype(np.int64 if name == "counts" else float) for name in needs & {"counts", "g0f0"}}
         layers.append(LayerEvidence(tuple(range(E)), E, stats, _weights(rng) if "weights" in needs else {}))
-    return Evidence(tuple(layers), TOP_K)
+    return Evidence(tuple(layers), TOP_K, acceptance=_kept_mass(layers) if "acceptance" in needs else None)
+
+
+def _kept_mass(layers: Sequence[LayerEvidence]) -> Acceptance:
+    """A stand-in for a model: every expert has a worth that its statistics determine; acceptance is the worth kept."""
+    worths = [
+        {i: float(np.sum([np.sum(v[p]) for v in layer.stats.values() if v.ndim])) for p, i in enumerate(layer.ids)}
+        for layer in layers
+    ]
+
+    def acceptance(kept: Sequence[Sequence[int]]) -> float:
+        shares = [sum(worth[i] for i in ids) / sum(worth.values()) for worth, ids in zip(worths, kept, strict=True)]
+        return float(np.mean(shares))
+
+    return acceptance
 
 
 def _weights(rng: np.random.Generator) -> dict[str, torch.Tensor]:
-    sizes = {"gate_up": (E, 2 * F, D), "down": (E, D, F), "router.weight": (E, D)}
+    sizes = {"gate": (E, F, D), "up": (E, F, D), "down": (E, D, F), "router": (E, D)}
     return {name: torch.from_numpy(rng.normal(size=size)) for name, size in sizes.items()}
 
 
@@ -87,15 +109,16 @@ def _changed(evidence: Evidence, change: Callable[[str, Any], Any]) -> Evidence:
         )
         for layer in evidence.layers
     ]
-    return Evidence(tuple(layers), evidence.top_k, evidence.provenance)
+    acceptance = _kept_mass(layers) if evidence.acceptance else None
+    return Evidence(tuple(layers), evidence.top_k, evidence.provenance, acceptance)
 
 
 def _as_pruner(kind: str, strategy: Any) -> Pruner:
     """The strategy at work in a pruner."""
     if isinstance(strategy, Criterion):
-        return ScorePruner(strategy, registry.create("allocation", "uniform", ratio=0.4))
+        return ScorePruner(strategy, ratio=0.4)
     if isinstance(strategy, Allocation):
-        return ScorePruner(registry.create("criterion", "load"), strategy)
+        return ScorePruner(registry.create("criterion", "frequency"), 0.4, strategy)
     if not isinstance(strategy, Pruner):
         raise UserError(f"the conformance suite knows criterion, allocation and pruner, not {kind} ({strategy!r})")
     return strategy
@@ -139,7 +162,13 @@ def permuted_experts_give_the_permuted_plan(kind: str, make: Make) -> None:
     evidence = synthetic_evidence(pruner.needs)
     order = np.random.default_rng(1).permutation(E)
     plan = pruner.plan(evidence)
-    permuted = pruner.plan(_changed(evidence, lambda _, value: value[order]))
+
+    def permute(name: str, value: Any) -> Any:
+        if value.ndim == 0:
+            return value
+        return value[order][:, order] if name in PAIRWISE else value[order]
+
+    permuted = pruner.plan(_changed(evidence, permute))
     for before, after in zip(plan.kept, permuted.kept, strict=True):
         assert {int(order[i]) for i in after} == set(before), f"{pruner!r} depends on the order of the experts"
 
@@ -152,7 +181,7 @@ def evidence_declared_is_evidence_used(kind: str, make: Make) -> None:
     for layer in evidence.layers:
         object.__setattr__(layer, "stats", _Guarded(layer.stats, strategy))
     pruner.plan(evidence)
-    unknown = pruner.needs - RECORDED
+    unknown = pruner.needs - statistics()
     assert not unknown, f"{strategy!r} needs {sorted(unknown)}, which nobody records"
 
 
@@ -192,11 +221,10 @@ def single_expert_stays(kind: str, make: Make) -> None:
     """A layer of one expert, top-1: it stays, or the constraints are refused with a UserError."""
     pruner = _as_pruner(kind, make())
     whole = synthetic_evidence(pruner.needs, n_layers=1).layers[0]
-    one = LayerEvidence(
-        (0,), 1, {n: v[:1] for n, v in whole.stats.items()}, {n: v[:1] for n, v in whole.weights.items()}
-    )
+    stats = {n: v[:1, :1] if n in PAIRWISE else v[:1] if v.ndim else v for n, v in whole.stats.items()}
+    one = LayerEvidence((0,), 1, stats, {n: v[:1] for n, v in whole.weights.items()})
     try:
-        plan = pruner.plan(Evidence((one,), 1))
+        plan = pruner.plan(Evidence((one,), 1, acceptance=_kept_mass([one]) if "acceptance" in pruner.needs else None))
     except UserError:
         return
     assert plan.kept == ((0,),)
@@ -205,10 +233,10 @@ def single_expert_stays(kind: str, make: Make) -> None:
 def nan_evidence_is_refused(kind: str, make: Make) -> None:
     """NaN in a statistic is a UserError that names the layer."""
     pruner = _as_pruner(kind, make())
-    for name in sorted(pruner.needs - {"weights", "counts"}):  # counts are whole numbers
+    for name in sorted(pruner.needs - {"weights", "counts", "acceptance"}):  # counts are whole numbers
         evidence = synthetic_evidence(pruner.needs)
         broken = np.array(evidence.layers[1].stats[name])
-        broken[3] = np.nan
+        broken[3 if broken.ndim else ()] = np.nan
         object.__setattr__(evidence.layers[1], "stats", {**evidence.layers[1].stats, name: broken})
         refusal = None
         try:
@@ -265,7 +293,7 @@ def pruned_equals_masked(kind: str, make: Make) -> None:
 def masked(model: MoETransformer, plan: PrunePlan, tokens: torch.Tensor) -> torch.Tensor:
     """Logits of `model` with the router logits of the experts that `plan` removes at minus infinity: the slow reference.
 
-    Works for routers with a `bias`-free linear `weight` and a softmax (`SoftmaxTopK`).
+    Not for routers whose experts interact (see `Router.experts_interact`).
     """
     hooks = []
     for layer, gone in zip(model.moe_layers, plan.removed, strict=True):
@@ -273,9 +301,8 @@ def masked(model: MoETransformer, plan: PrunePlan, tokens: torch.Tensor) -> torc
 
         def mask(router: Any, _: Any, routing: Any, positions: torch.Tensor = positions) -> Any:
             logits = routing.logits.index_fill(1, positions, -torch.inf)
-            probs = logits.softmax(-1)
-            weights, indices = probs.topk(router.top_k, -1)
-            return type(routing)(logits, probs, weights / weights.sum(-1, keepdim=True), indices, routing.mask)
+            probs, weights, indices = router.choose(logits)
+            return Routing(logits, probs, weights, indices, routing.mask)
 
         hooks.append(layer.router.register_forward_hook(mask))
     try:

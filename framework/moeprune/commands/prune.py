@@ -54,6 +54,7 @@ def command(
     new_folder(output, overwrite)
     checkpoint = checkpoints.read(model)
     transformer = checkpoint.model()
+    constraints = constraints.with_groups(transformer.n_groups)
     batches: list[torch.Tensor] = []
     if pruner.needs - {"weights"}:
         if calibration_batches < 1:

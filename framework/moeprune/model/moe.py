@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ class MoELayer(nn.Module):
     """
 
     expert_ids: Tensor
+    residual_norm: nn.Module  # set by the block
 
     def __init__(self, config: MoEConfig, n_experts: int) -> None:
         super().__init__()
@@ -55,6 +57,27 @@ class MoELayer(nn.Module):
         for owner in (self.router, self.experts):
             for name, dim in owner.expert_dims.items():
                 yield owner, name, dim
+
+    def expert_parameters(self) -> Mapping[str, tuple[Tensor, int]]:
+        """See `PrunableLayer`."""
+        return {name: (parameter, 0) for name, parameter in self.experts.named_parameters()}
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """See `PrunableLayer`."""
+        gate, up = self.experts.gate_up.chunk(2, 1)
+        found = {"gate": gate, "up": up, "down": self.experts.down}
+        rows = getattr(self.router, "weight", None)
+        if isinstance(rows, Tensor) and rows.shape == (self.n_experts, self.router.d_model):
+            found["router"] = rows
+        return found
+
+    def logits_of(self, routed: Any) -> tuple[Tensor, Tensor]:
+        """See `PrunableLayer`."""
+        return routed.logits, routed.probs
+
+    def resized(self, n_experts: int) -> None:
+        """See `PrunableLayer`."""
+        self.router.n_experts = n_experts
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Routing]:
         """Combined output [T, D] of the chosen experts, and where the tokens went.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from moeprune.errors import UserError
 from moeprune.model.config import MoEConfig
@@ -64,12 +66,13 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.moe_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.moe = MoELayer(config, n_experts)
+        object.__setattr__(self.moe, "residual_norm", self.moe_norm)  # not a submodule of the layer
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> tuple[Tensor, Routing]:
         """[B, S, D] and the routing of its T = B S tokens."""
         x = x + self.attention(self.attention_norm(x), cos, sin)
         y, routing = self.moe(rearrange(self.moe_norm(x), "b s d -> (b s) d"), mask)
-        return x + y.view_as(x), routing
+        return x + y.view_as(x), replace(routing, n_sequences=x.shape[0])
 
 
 class MoETransformer(nn.Module):
@@ -82,6 +85,7 @@ class MoETransformer(nn.Module):
 
     cos: Tensor
     sin: Tensor
+    activation_checkpointing = False  # in training, keep only each block's input for the backward pass
 
     def __init__(self, config: MoEConfig, n_experts: Sequence[int] | None = None) -> None:
         super().__init__()
@@ -110,6 +114,20 @@ class MoETransformer(nn.Module):
         """The MoE layers, in order."""
         return [block.moe for block in self.blocks]  # type: ignore[misc]
 
+    @property
+    def top_k(self) -> int:
+        """K, experts per token."""
+        return self.config.top_k
+
+    @property
+    def n_groups(self) -> int:
+        """Groups of a group-limited router; 1 without."""
+        return self.moe_layers[0].router.n_groups
+
+    def logits(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """See `PrunableModel`."""
+        return self.forward_with_routing(tokens, mask)[0]
+
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits [B, S, V].
 
@@ -131,7 +149,10 @@ class MoETransformer(nn.Module):
         x = self.embedding(tokens)
         routings = []
         for block in self.blocks:
-            x, routing = block(x, self.cos[:S], self.sin[:S], flat)
+            if self.activation_checkpointing and self.training and torch.is_grad_enabled():
+                x, routing = checkpoint(block, x, self.cos[:S], self.sin[:S], flat, use_reentrant=False)
+            else:
+                x, routing = block(x, self.cos[:S], self.sin[:S], flat)
             routings.append(routing)
         logits: Tensor = self.head(self.norm(x))
         return logits, routings

@@ -37,6 +37,10 @@ def alias(kind: str, name: str) -> type[Any]:
     except UserError as error:
         raise AttributeError(str(error)) from error
 
+    if cls.__name__ == name:  # a criterion's pruner bears its name already
+        setattr(sys.modules[f"{__name__}.{kind}"], name, cls)
+        return cls
+
     def call(_: type[Any], *args: Any, **kwargs: Any) -> Any:
         return cls(*args, **kwargs)
 
@@ -55,7 +59,7 @@ def install(*kinds: str) -> list[str]:
         classes, bad = registry.usable(kind)
         problems += bad
         for name, cls in classes.items():
-            if cls.__name__ != name:
+            if cls.__name__ != name or cls.__module__.startswith(__name__):
                 alias(kind, name)
     return problems
 

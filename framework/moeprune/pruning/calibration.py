@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from moeprune import registry
 from moeprune.errors import UserError
-from moeprune.model.moe import MoELayer
-from moeprune.model.router import Routing
-from moeprune.model.transformer import MoETransformer
+from moeprune.model.prunable import PrunableLayer, PrunableModel
 from moeprune.pruning.evidence import Evidence, LayerEvidence
+from moeprune.pruning.statistic import Seen, Statistic
 
-FAMILY = tuple(f"g{a}f{b}" for a in range(3) for b in range(3))  # in the order of `_Recorder.sums`
-OUTPUTS = frozenset({*FAMILY, "max_f", "norm_mean_f", "var_f"})  # need the experts' outputs
+WEIGHTS = frozenset({"w1", "w2", "w_n", "router_w2"})  # from the weights, without data
 GRADIENTS = frozenset({"taylor", "fisher"})
-RECORDED = frozenset({"counts", "weights"}) | OUTPUTS | GRADIENTS
+TRIALS = frozenset({"ablation", "acceptance"})  # run the model with experts taken out
+BUILT_IN = frozenset({"counts", "weights"}) | WEIGHTS | GRADIENTS | TRIALS
+ROWS = 8192  # token-expert pairs whose outputs are held at a time
+HELD_OUT = 2  # batches that trials run on
 Gate = Literal["weight", "topk", "softmax"]
+Batch = Tensor | tuple[Tensor, Tensor]
+
+
+def statistics() -> frozenset[str]:
+    """Every name that `needs` may hold."""
+    return BUILT_IN | {entry.name for entry in registry.entries("statistic")}
 
 
 def record(
-    model: MoETransformer,
-    batches: Iterable[Tensor],
+    model: PrunableModel,
+    batches: Iterable[Batch],
     needs: frozenset[str],
     known: Mapping[str, list[NDArray[Any]]] | None = None,
     provenance: Mapping[str, Any] | None = None,
@@ -34,14 +43,15 @@ def record(
 ) -> Evidence:
     """Evidence of `model` for a pruner, from ONE pass over the batches, whatever is asked for.
 
-    Only routed tokens go through experts: memory beyond a forward pass is O(rows of a block). The model's weights, gradients
-    and mode are as before when this returns.
+    Only routed tokens go through experts: memory beyond a forward pass is O(tokens of a block * top_k * width). The model's
+    weights, gradients and mode are as before when this returns.
 
     Args:
         model: not wrapped.
-        batches: token batches [B, S + 1] on the model's device; read only if something has to be measured on data.
+        batches: tokens [B, S + 1], or (tokens, mask) with a mask [B, S + 1] that is False for padding, on the model's device;
+            read only if something has to be measured on data.
         needs: statistics that the pruner reads.
-        known: statistics measured already, one array [E] per layer: not measured again.
+        known: statistics measured already, one array per layer: not measured again.
         provenance: kept with the evidence.
         gate: which g: the weight really used to combine, the router's probabilities of the chosen experts renormalised to
             sum to 1 (`topk`), or as they are (`softmax`).
@@ -49,140 +59,292 @@ def record(
     Raises:
         UserError: a statistic that nobody can record, or no batch where one is needed.
     """
-    stats: dict[str, list[NDArray[Any]]] = {name: list(arrays) for name, arrays in (known or {}).items()}
-    unknown = needs - RECORDED - stats.keys()
-    if unknown:
-        raise UserError(f"no recorder for the statistic {sorted(unknown)[0]!r}; known: {', '.join(sorted(RECORDED))}")
-    missing = needs - {"weights"} - stats.keys()
-    if missing:
-        measured = _measure(model, batches, missing, gate)
-        stats |= {name: measured[name] for name in missing}
-    layers = []
-    for index, layer in enumerate(model.moe_layers):
-        weights = {}
-        if "weights" in needs:
-            weights = {"gate_up": layer.experts.gate_up.detach(), "down": layer.experts.down.detach()} | {
-                f"router.{name}": parameter.detach() for name, parameter in layer.router.named_parameters()
-            }
-        layers.append(LayerEvidence(layer.ids, layer.n_original, {n: a[index] for n, a in stats.items()}, weights))
-    extra = {"gate": gate} if missing & OUTPUTS else {}
-    return Evidence(tuple(layers), model.config.top_k, {**(provenance or {}), **extra})
+    known = known or {}
+    recording = Recording(model, needs - known.keys(), gate)
+    held: list[Batch] = []
+    if recording.reads_data:
+        for batch in batches:
+            recording.update(batch)
+            if needs & TRIALS and len(held) < HELD_OUT:
+                held.append(batch)
+        if not recording.seen:
+            raise UserError("calibration needs at least one batch of tokens; give data or more calibration batches")
+    return recording.evidence(known, provenance, held)
 
 
-def _measure(
-    model: MoETransformer, batches: Iterable[Tensor], wanted: frozenset[str], gate: Gate
-) -> dict[str, list[NDArray[Any]]]:
-    """All of `wanted`, over all batches.
+class Recording:
+    """Statistics of a model in the making: `update` with batches, then take `evidence`.
 
-    Gradients are taken with autograd.grad, which leaves .grad and DDP's hooks alone.
+    Args:
+        model: not wrapped.
+        needs: statistics to record.
+        gate: see `record`.
+
+    Raises:
+        UserError: a statistic that nobody can record, an unknown gate definition.
     """
-    layers = model.moe_layers
-    counts = [np.zeros(layer.n_experts, dtype=np.int64) for layer in layers]
-    gradients = bool(wanted & GRADIENTS)
-    weights = [w for layer in layers for w in (layer.experts.gate_up, layer.experts.down)]
-    sums = [torch.zeros_like(w) for w in weights] if gradients else []
-    squares = [torch.zeros(len(w), dtype=torch.float64, device=w.device) for w in weights] if gradients else []
-    recorders = [_Recorder(layer, wanted, gate) for layer in layers] if wanted & OUTPUTS else []
-    trained = model.training
-    seen = 0
-    model.eval()
-    try:
-        for tokens in batches:
-            with torch.set_grad_enabled(gradients):
-                logits, routings = model.forward_with_routing(tokens[:, :-1])
-                if gradients:
-                    loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
-                    for total, square, gradient in zip(sums, squares, torch.autograd.grad(loss, weights), strict=True):
-                        total += gradient
-                        square += gradient.double().square().flatten(1).sum(1)
-            for count, routing in zip(counts, routings, strict=True):
-                count += routing.counts.cpu().numpy()
-            seen += 1
-    finally:
-        model.train(trained)
-        for recorder in recorders:
-            recorder.remove()
-    if not seen:
-        raise UserError("calibration needs at least one batch of tokens; give data or more calibration batches")
-    measured: dict[str, list[NDArray[Any]]] = {"counts": list(counts)}
-    if gradients:
-        products = [
-            (w.detach() * g / seen).double().abs().flatten(1).sum(1) for w, g in zip(weights, sums, strict=True)
+
+    def __init__(self, model: PrunableModel, needs: frozenset[str], gate: Gate = "weight") -> None:
+        if gate not in ("weight", "topk", "softmax"):
+            raise UserError(f"gate must be weight, topk or softmax, got {gate!r}")
+        registered = {entry.name for entry in registry.entries("statistic")}
+        if unknown := needs - BUILT_IN - registered:
+            raise UserError(
+                f"no recorder for the statistic {sorted(unknown)[0]!r}; known: {', '.join(sorted(statistics()))}"
+            )
+        self.model, self.needs, self.gate = model, needs, gate
+        self.measured: dict[str, Statistic] = {
+            name: registry.create("statistic", name) for name in sorted(needs & registered)
+        }
+        self.reads: frozenset[str] = frozenset().union(*(statistic.reads for statistic in self.measured.values()))
+        self.seen = 0  # batches
+        self.tokens = 0
+        layers = model.moe_layers
+        device = next(layers[0].router.parameters()).device
+        self._counts = [torch.zeros(layer.n_experts, dtype=torch.int64, device=device) for layer in layers]
+        self._totals: list[dict[str, Tensor]] = [{} for _ in layers]
+        self._gradients = bool(needs & GRADIENTS)
+        self._parameters = (
+            [parameter for layer in layers for parameter in layer.expert_parameters().values()]
+            if self._gradients
+            else []
+        )
+        self._sums = [torch.zeros_like(parameter) for parameter, _ in self._parameters]
+        self._squares = [
+            torch.zeros(parameter.shape[dim], dtype=torch.float64, device=parameter.device)
+            for parameter, dim in self._parameters
         ]
-        for name, parts in (("taylor", products), ("fisher", [square / seen for square in squares])):
-            measured[name] = [(a + b).cpu().numpy() for a, b in zip(parts[::2], parts[1::2], strict=True)]
-    for name in wanted & OUTPUTS:
-        measured[name] = [recorder.statistic(name) for recorder in recorders]
-    return measured
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether anything has to be measured on batches."""
+        return bool(self.needs - WEIGHTS - {"weights"})
+
+    def update(self, batch: Batch) -> None:
+        """Measure one batch."""
+        tokens, mask = batch if isinstance(batch, tuple) else (batch, None)
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        trained = self.model.training
+        self.model.train(False)
+        try:
+            with torch.set_grad_enabled(self._gradients):
+                real = None if mask is None else mask[:, :-1].bool()
+                with self._watching(None if real is None else real.flatten()):
+                    logits = self.model.logits(inputs, real)
+                if self._gradients:
+                    wanted = targets if mask is None else targets.masked_fill(~mask[:, 1:].bool(), -100)
+                    loss = F.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten())
+                    # autograd.grad leaves .grad and DDP's hooks alone
+                    gradients = torch.autograd.grad(loss, [parameter for parameter, _ in self._parameters])
+                    for i, gradient in enumerate(gradients):
+                        self._sums[i] += gradient
+                        dim = self._parameters[i][1]
+                        self._squares[i] += gradient.double().square().movedim(dim, 0).flatten(1).sum(1)
+        finally:
+            self.model.train(trained)
+        self.seen += 1
+        self.tokens += int(inputs.numel() if real is None else real.sum())
+
+    @contextmanager
+    def _watching(self, mask: Tensor | None) -> Iterator[None]:
+        watches = [_Watch(self, index, layer, mask) for index, layer in enumerate(self.model.moe_layers)]
+        try:
+            yield
+        finally:
+            for watch in watches:
+                watch.remove()
+
+    def add(self, index: int, seen: Seen) -> None:
+        """Sum up what layer `index` did with some tokens."""
+        self._counts[index] += torch.bincount(seen.indices.flatten(), minlength=seen.n_experts)
+        totals = self._totals[index]
+        for name, statistic in self.measured.items():
+            part = statistic.measure(seen)
+            if name not in totals:
+                totals[name] = part
+            elif statistic.reduce == "sum":
+                totals[name] += part
+            else:
+                totals[name] = torch.maximum(totals[name], part)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything measured so far, for `load_state` of another process."""
+        state = {"seen": torch.tensor(self.seen), "tokens": torch.tensor(self.tokens)}
+        for index, (count, totals) in enumerate(zip(self._counts, self._totals, strict=True)):
+            state[f"{index}.counts"] = count
+            state |= {f"{index}.total.{name}": total for name, total in totals.items()}
+        for i, (total, square) in enumerate(zip(self._sums, self._squares, strict=True)):
+            state |= {f"gradient.{i}.sum": total, f"gradient.{i}.square": square}
+        return state
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of `state`."""
+        self.seen, self.tokens = int(state["seen"]), int(state["tokens"])
+        device = self._counts[0].device
+        for index in range(len(self._counts)):
+            self._counts[index] = state[f"{index}.counts"].to(device)
+            prefix = f"{index}.total."
+            self._totals[index] = {
+                key.removeprefix(prefix): value.to(device) for key, value in state.items() if key.startswith(prefix)
+            }
+        for i in range(len(self._sums)):
+            self._sums[i] = state[f"gradient.{i}.sum"].to(device)
+            self._squares[i] = state[f"gradient.{i}.square"].to(device)
+
+    def evidence(
+        self,
+        known: Mapping[str, list[NDArray[Any]]] | None = None,
+        provenance: Mapping[str, Any] | None = None,
+        held_out: Iterable[Batch] = (),
+    ) -> Evidence:
+        """What was measured, as evidence.
+
+        Args:
+            known: statistics measured elsewhere, one array per layer.
+            provenance: kept with the evidence.
+            held_out: batches for statistics that try choices out.
+        """
+        from moeprune.pruning import trials
+
+        held = list(held_out)
+        layers = []
+        for index, layer in enumerate(self.model.moe_layers):
+            stats: dict[str, NDArray[Any]] = {name: arrays[index] for name, arrays in (known or {}).items()}
+            if "counts" in self.needs:
+                stats["counts"] = self._counts[index].cpu().numpy()
+            for name, statistic in self.measured.items():
+                stats[name] = statistic.finish(self._totals[index][name]).cpu().numpy()
+            weights = layer.weights() if self.needs & (WEIGHTS | {"weights"}) else {}
+            for name in self.needs & WEIGHTS:
+                stats[name] = _of_weights(name, weights, index)
+            layers.append(
+                LayerEvidence(
+                    layer.ids,
+                    layer.n_original,
+                    stats,
+                    {name: w.detach() for name, w in weights.items()} if "weights" in self.needs else {},
+                )
+            )
+        if self._gradients:
+            layers = [self._with_gradients(layer, index) for index, layer in enumerate(layers)]
+        if "ablation" in self.needs:
+            growth = trials.ablation(self.model, held, [count.cpu().numpy() for count in self._counts])
+            layers = [
+                LayerEvidence(layer.ids, layer.n_original, {**layer.stats, "ablation": np.asarray(g)}, layer.weights)
+                for layer, g in zip(layers, growth, strict=True)
+            ]
+        acceptance = trials.Acceptance(self.model, held) if "acceptance" in self.needs else None
+        extra = {"gate": self.gate} if self.measured else {}
+        return Evidence(tuple(layers), self.model.top_k, {**(provenance or {}), **extra}, acceptance)
+
+    def _with_gradients(self, layer: LayerEvidence, index: int) -> LayerEvidence:
+        per_layer = len(self._parameters) // len(self._counts)
+        taylor = np.zeros(len(layer.ids))
+        fisher = np.zeros(len(layer.ids))
+        for i in range(index * per_layer, (index + 1) * per_layer):
+            parameter, dim = self._parameters[i]
+            product = (parameter.detach() * self._sums[i] / self.seen).double().abs().movedim(dim, 0)
+            taylor += product.flatten(1).sum(1).cpu().numpy()
+            fisher += (self._squares[i] / self.seen).cpu().numpy()
+        found = {name: value for name, value in (("taylor", taylor), ("fisher", fisher)) if name in self.needs}
+        return LayerEvidence(layer.ids, layer.n_original, {**layer.stats, **found}, layer.weights)
 
 
-class _Recorder:
-    """Stands in for a layer's expert backend: computes the same output, and sums up what was asked for on the way."""
+def _of_weights(name: str, weights: Mapping[str, Tensor], index: int) -> NDArray[np.float64]:
+    """A statistic of the weights alone, see evidence.py."""
+    if name == "router_w2":
+        rows = weights.get("router")
+        if rows is None:
+            raise UserError(
+                f"the router of layer {index} has no weight with one row per expert, so it has no row norms"
+            )
+        return np.asarray(rows.detach().double().square().sum(1).cpu())
+    columns = []
+    for matrix in ("gate", "up", "down"):
+        w = weights[matrix].detach().flatten(1)
+        if name == "w_n":
+            columns.append(torch.full((len(w),), float(w.shape[1]), dtype=torch.float64))
+        else:
+            power = w.abs() if name == "w1" else w.float().square()
+            columns.append(power.sum(1, dtype=torch.float64).cpu())
+    return np.asarray(torch.stack(columns, 1))
 
-    def __init__(self, layer: MoELayer, wanted: frozenset[str], gate: Gate) -> None:
-        E, D = layer.n_experts, layer.experts.gate_up.shape[2]
-        self._layer, self._gate = layer, gate
-        self._vectors, self._peak = bool(wanted & {"norm_mean_f", "var_f"}), "max_f" in wanted
-        device = layer.experts.gate_up.device
-        self.sums = torch.zeros(E, 9, dtype=torch.float64, device=device)  # g^a f^b, b fastest
-        self.total = torch.zeros(E, D if self._vectors else 0, dtype=torch.float64, device=device)
-        self.largest = torch.zeros(E, dtype=torch.float64, device=device)
-        self._probs = torch.empty(0)
-        self._hook = layer.router.register_forward_hook(self._routed)
-        self._backend, layer.experts.backend = layer.experts.backend, self
+
+class _Watch:
+    """Stands in for a layer's experts during one forward pass: computes the same output, and hands over what it saw."""
+
+    def __init__(self, recording: Recording, index: int, layer: PrunableLayer, mask: Tensor | None) -> None:
+        self._recording, self._index, self._layer, self._mask = recording, index, layer, mask
+        self._logits: Tensor | None = None
+        self._probs: Tensor | None = None
+        self._residual: Tensor | None = None
+        self._hooks = []
+        if "routing" in recording.reads or recording.gate != "weight":
+            self._hooks.append(layer.router.register_forward_hook(self._routed))
+        if "residual" in recording.reads:
+            self._hooks.append(layer.residual_norm.register_forward_pre_hook(self._entered))
+        self._forward = layer.experts.forward
+        layer.experts.forward = self.experts
 
     def remove(self) -> None:
-        """Give the layer its own backend back."""
-        self._layer.experts.backend = self._backend
-        self._hook.remove()
+        """Leave the layer as it was."""
+        del self._layer.experts.forward
+        for hook in self._hooks:
+            hook.remove()
 
-    def _routed(self, router: nn.Module, args: Any, routing: Routing) -> None:
-        self._probs = routing.probs.gather(1, routing.indices)
+    def _routed(self, module: Any, args: Any, routed: Any) -> None:
+        self._logits, self._probs = (tensor.detach() for tensor in self._layer.logits_of(routed))
 
-    def __call__(self, x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    def _entered(self, module: Any, args: Any) -> None:
+        self._residual = args[0].detach().flatten(0, -2)
+
+    def experts(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """[T, D], as the layer's own experts."""
+        outputs = "outputs" in self._recording.reads
+        with_gradients = torch.is_grad_enabled()
+        out = None if outputs and not with_gradients else self._forward(x, indices, weights)
         with torch.no_grad():
-            out = self._measured(x, indices, weights, gate_up, down)
-        if torch.is_grad_enabled():  # a pass that takes gradients as well computes the experts once more
-            return self._backend(x, indices, weights, gate_up, down)
-        return out
+            T, K = indices.shape
+            parts = []
+            step = max(1, ROWS // K)
+            for a in range(0, T, step):
+                b = min(a + step, T)
+                f = self._outputs(x[a:b], indices[a:b]) if outputs else None
+                combined = None if f is None else torch.einsum("tk,tkd->td", weights[a:b].float(), f.float())
+                if combined is not None:
+                    parts.append(combined.to(x.dtype))
+                self._hand_over(a, b, x, indices, weights, f, combined)
+        return torch.cat(parts) if out is None else out
 
-    def _measured(self, x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        T, K = indices.shape
-        flat = indices.flatten()
-        order = flat.argsort(stable=True)
-        norms = torch.empty(T * K, dtype=torch.float64, device=x.device)
-        out = torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-        start = 0
-        for expert, count in enumerate(torch.bincount(flat, minlength=len(gate_up)).tolist()):
-            rows = order[start : start + count]
-            start += count
-            if not count:
-                continue
-            gate, up = F.linear(x.index_select(0, rows // K), gate_up[expert]).chunk(2, -1)
-            y = F.linear(F.silu(gate) * up, down[expert])
-            out.index_add_(0, rows // K, (y * weights.flatten()[rows, None]).to(out.dtype))
-            norms[rows] = torch.linalg.vector_norm(y, dim=1, dtype=torch.float64)
-            if self._vectors:
-                self.total[expert] += y.sum(0, dtype=torch.float64)
-            if self._peak:
-                self.largest[expert] = torch.maximum(self.largest[expert], y.abs().max().double())
-        used = weights if self._gate == "weight" else self._probs
-        if self._gate == "topk":
-            used = used / used.sum(1, keepdim=True)
-        g = used.flatten().double()
-        powers = [torch.ones_like(g), g, g * g], [torch.ones_like(norms), norms, norms * norms]
-        self.sums.index_add_(0, flat, torch.stack([a * b for a in powers[0] for b in powers[1]], 1))
-        return out.to(x.dtype)
+    def _outputs(self, x: Tensor, indices: Tensor) -> Tensor:
+        """[T, K, D] of each chosen expert alone, computed by the layer's own code with one expert per row and weight 1."""
+        (T, K), D = indices.shape, x.shape[1]
+        rows = x[:, None].expand(T, K, D).reshape(T * K, D)
+        f: Tensor = self._forward(rows, indices.reshape(-1, 1), x.new_ones(T * K, 1))
+        return f.view(T, K, D)
 
-    def statistic(self, name: str) -> NDArray[np.float64]:
-        """[E], see evidence.py."""
-        n = self.sums[:, 0].clamp(min=1)
-        if name in FAMILY:
-            value = self.sums[:, FAMILY.index(name)]
-        elif name == "max_f":
-            value = self.largest
-        else:
-            mean = self.total / n[:, None]
-            norm = torch.linalg.vector_norm(mean, dim=1)
-            value = norm if name == "norm_mean_f" else (self.sums[:, 2] / n - norm**2).clamp(min=0)
-        return np.asarray(value.cpu())
+    def _hand_over(
+        self, a: int, b: int, x: Tensor, indices: Tensor, weights: Tensor, f: Tensor | None, combined: Tensor | None
+    ) -> None:
+        keep = slice(None) if self._mask is None else self._mask[a:b]
+
+        def cut(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[a:b][keep].detach()
+
+        chosen, used = indices[a:b][keep], weights[a:b][keep].detach()
+        probs = cut(self._probs)
+        gates = used if probs is None else probs.gather(1, chosen)
+        if self._recording.gate == "topk":
+            gates = gates / gates.sum(1, keepdim=True)
+        seen = Seen(
+            self._layer.n_experts,
+            x[a:b][keep].detach(),
+            None if f is None else f[keep],
+            None if combined is None else combined[keep],
+            chosen,
+            used,
+            (used if self._recording.gate == "weight" else gates).double(),
+            cut(self._logits),
+            cut(self._residual),
+        )
+        self._recording.add(self._index, seen)

@@ -1,25 +1,25 @@
 """What was measured per MoE layer, over a window of training or a calibration set. Pruners read nothing else.
 
-Statistics, each an array [E] in the order of the layer's `ids`:
+Statistics are arrays by name whose first dimension is E, in the order of the layer's `ids` (`logit_gram` is [E, E]), or
+numbers of a whole layer, of shape ():
 
-    counts   int64    tokens routed to the expert (top-k, as the model itself routes; padding never counts)
-    taylor   float64  sum over the expert's weights w of |w dL/dw|, gradients averaged over the calibration batches
-    fisher   float64  sum over the expert's weights of (dL/dw)^2, averaged over the calibration batches
+    counts    int64    tokens routed to the expert (top-k, as the model itself routes; padding never counts)
+    w1, w2    float64  [E, 3] sum of |w| and of w^2 over the weights of the gate, up and down projections
+    w_n       float64  [E, 3] how many weights those are
+    router_w2 float64  sum of w^2 over the expert's row in the router
+    taylor    float64  sum over the expert's weights w of |w dL/dw|, gradients averaged over the calibration batches
+    fisher    float64  sum over the expert's weights of (dL/dw)^2, averaged over the calibration batches
+    ablation  float64  () growth of the calibration loss, nats per token, when the layer loses the less frequent half of
+                       its experts, all other layers whole
 
-    and, with f(t) the expert's output for token t before the gate weight g(t) is applied, over the tokens routed to it:
-
-    g0f0 ... g2f2   float64  sum of g(t)^a |f(t)|^b for a, b in {0, 1, 2}; g0f0 is the number of tokens
-    max_f           float64  largest |f(t)_d| over tokens and channels; 0 without tokens
-    norm_mean_f     float64  |mean of f(t)|; 0 without tokens
-    var_f           float64  mean of |f(t) - mean|^2; 0 without tokens
-
-and, when a pruner asks for `weights`, the live tensors `gate_up` [E, 2F, D], `down` [E, D, F] and `router.<name>`, whose
-first dimension is E.
+and what registered statistics (kind `statistic`) measure on the tokens routed to an expert: `g1f1`, `max_f`, ... (`moeprune
+plugins statistic` lists them). When a pruner asks for `weights`, the live tensors `gate`, `up` [E, F, D], `down` [E, D, F]
+and `router` [E, D] come along; when it asks for `acceptance`, so does a function of a whole choice of experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,10 +28,12 @@ from numpy.typing import NDArray
 
 from moeprune.errors import UserError
 
+Acceptance = Callable[[Sequence[Sequence[int]]], float]
+
 
 @dataclass(frozen=True)
 class LayerEvidence:
-    """Evidence of one layer: its experts' original `ids`, arrays [E] by name, live weights where asked for."""
+    """Evidence of one layer: its experts' original `ids`, statistics by name, live weights where asked for."""
 
     ids: tuple[int, ...]
     n_original: int
@@ -42,8 +44,10 @@ class LayerEvidence:
         frozen = {}
         for name, values in self.stats.items():
             array = np.array(values)  # a copy: evidence does not change under a pruner's hands
-            if array.shape != (len(self.ids),):
-                raise ValueError(f"statistic {name!r} has shape {array.shape}, expected ({len(self.ids)},)")
+            if array.shape and array.shape[0] != len(self.ids):
+                raise ValueError(
+                    f"statistic {name!r} has shape {array.shape}, its first dimension is not {len(self.ids)}"
+                )
             array.setflags(write=False)
             frozen[name] = array
         object.__setattr__(self, "stats", frozen)
@@ -62,11 +66,14 @@ class Evidence:
         layers: in the model's order.
         top_k: experts the router picks per token.
         provenance: where it comes from (step, tokens, data); written into plans.
+        acceptance: per layer the original ids to keep -> how much of the model's next-token distribution the pruned model
+            shares, mean over held-out tokens of sum over the vocabulary of min(p, q), in [0, 1]; where asked for.
     """
 
     layers: tuple[LayerEvidence, ...]
     top_k: int
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    acceptance: Acceptance | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def from_counts(
@@ -140,16 +147,22 @@ class Evidence:
         """
         at = f" at step {self.provenance['step']}" if "step" in self.provenance else ""
         for need in sorted(needs):
+            if need == "acceptance":
+                if self.acceptance is None:
+                    raise UserError(
+                        f"{who} tries choices out on the model, which recorded evidence cannot answer: use `moeprune prune`"
+                    )
+                continue
             for index, layer in enumerate(self.layers):
                 if need == "weights":
                     if not layer.weights:
                         raise UserError(
-                            f"{who} reads the model's weights; recorded loads alone are not enough: use `moeprune prune`"
+                            f"{who} reads the model's weights, which recorded evidence does not hold: use `moeprune prune`"
                         )
                 elif need not in layer.stats:
                     raise UserError(
                         f"{who} needs the statistic {need!r}, recorded were: {', '.join(sorted(layer.stats)) or 'none'}; "
-                        f"use `moeprune prune`, which records what a pruner asks for"
+                        f"use `moeprune prune` or `moeprune calibrate`, which record what is asked for"
                     )
                 elif not np.isfinite(layer.stats[need]).all():
                     raise UserError(

@@ -16,6 +16,21 @@ FORMAT = "moeprune.plan/1"
 
 
 @dataclass(frozen=True)
+class Merge:
+    """Experts of a layer that become one.
+
+    Args:
+        into: original id of the expert that stays and takes the weights.
+        members: original ids of all whose weights are averaged, `into` among them.
+        weights: their shares, positive, summing to 1.
+    """
+
+    into: int
+    members: tuple[int, ...]
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class PrunePlan:
     """Experts kept per layer.
 
@@ -26,9 +41,13 @@ class PrunePlan:
         top_k: experts the router picks per token.
         provenance: how the plan came about: pruner with options, constraints, step, data.
         removed_load: per layer the share of tokens that went to the experts removed; empty if loads are unknown.
+        merges: per layer the groups of experts whose weights are averaged before the others are removed; empty for a plan
+            that only removes.
+        align: match the hidden neurons of merged experts before averaging.
 
     Raises:
-        UserError: a kept id that is not there, repeats, or fewer experts than top_k.
+        UserError: a kept id that is not there, repeats, or fewer experts than top_k; a merge of experts that are not there
+            or twice in a group, into one that does not stay.
     """
 
     kept: tuple[tuple[int, ...], ...]
@@ -37,10 +56,23 @@ class PrunePlan:
     top_k: int
     provenance: Mapping[str, Any] = field(default_factory=dict, compare=False)
     removed_load: tuple[float, ...] = field(default=(), compare=False)
+    merges: tuple[tuple[Merge, ...], ...] = ()
+    align: bool = False
 
     def __post_init__(self) -> None:
         if not len(self.kept) == len(self.before) == len(self.n_original):
             raise UserError(f"a plan for {len(self.kept)} layers does not fit {len(self.before)} layers")
+        if self.merges and len(self.merges) != len(self.kept):
+            raise UserError(f"merges for {len(self.merges)} layers do not fit {len(self.kept)} layers")
+        for layer, merges in enumerate(self.merges):
+            members = [expert for merge in merges for expert in merge.members]
+            if len(set(members)) < len(members) or not set(members) <= set(self.before[layer]):
+                raise UserError(f"layer {layer}: an expert is merged twice, or is not among the layer's experts")
+            for merge in merges:
+                if merge.into not in self.kept[layer] or merge.into not in merge.members:
+                    raise UserError(f"layer {layer}: experts are merged into {merge.into}, which does not stay")
+                if len(merge.weights) != len(merge.members) or abs(sum(merge.weights) - 1) > 1e-6:
+                    raise UserError(f"layer {layer}: the shares of a merge into {merge.into} do not sum to 1")
         for layer, (kept, before) in enumerate(zip(self.kept, self.before, strict=True)):
             if list(kept) != sorted(set(kept)):
                 raise UserError(f"layer {layer}: kept ids must ascend without repeats, got {list(kept)[:8]}")
@@ -59,6 +91,8 @@ class PrunePlan:
         evidence: Evidence,
         constraints: Constraints,
         provenance: Mapping[str, Any] | None = None,
+        merges: Sequence[Sequence[Merge]] = (),
+        align: bool = False,
     ) -> PrunePlan:
         """Plan of a pruner on `evidence`, checked against `constraints`.
 
@@ -73,6 +107,8 @@ class PrunePlan:
             size = layer.n_original // constraints.n_groups
             if len({sum(i // size == group for i in ids) for group in range(constraints.n_groups)}) > 1:
                 raise UserError(f"layer {index} would keep unequal numbers in n_groups={constraints.n_groups}")
+            if lost := sorted(set(constraints.protected_in(index)) - set(ids)):
+                raise UserError(f"layer {index} would lose experts {lost[:8]}, which are protected")
             if "counts" in layer.stats and layer.counts.sum() > 0:
                 stays = set(ids)
                 gone = sum(int(n) for i, n in zip(layer.ids, layer.counts, strict=True) if i not in stays)
@@ -84,6 +120,8 @@ class PrunePlan:
             evidence.top_k,
             {**evidence.provenance, **(provenance or {})},
             tuple(removed) if len(removed) == len(kept) else (),
+            tuple(map(tuple, merges)),
+            align,
         )
 
     def made_by(self, pruner: Any) -> PrunePlan:
@@ -106,8 +144,10 @@ class PrunePlan:
         """This plan and a later one as one plan.
 
         Raises:
-            UserError: the later plan starts from other experts than this one leaves.
+            UserError: the later plan starts from other experts than this one leaves, or one of them merges experts.
         """
+        if self.merges or later.merges:
+            raise UserError("plans that merge experts do not combine into one plan; apply them one after the other")
         if later.before != self.kept:
             raise UserError("the later plan was made for other experts than this plan keeps")
         return PrunePlan(
@@ -120,6 +160,13 @@ class PrunePlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, numbers and strings."""
+        merging = {
+            "merges": [
+                [{"into": m.into, "members": list(m.members), "weights": list(m.weights)} for m in layer]
+                for layer in self.merges
+            ],
+            "align": self.align,
+        }
         return {
             "format": FORMAT,
             "kept": [list(ids) for ids in self.kept],
@@ -128,6 +175,7 @@ class PrunePlan:
             "num_experts_per_layer": list(self.n_kept),
             "top_k": self.top_k,
             "removed_load": list(self.removed_load),
+            **(merging if self.merges else {}),
             "provenance": dict(self.provenance),
         }
 
@@ -149,6 +197,14 @@ class PrunePlan:
                 int(data["top_k"]),
                 dict(data.get("provenance", {})),
                 tuple(map(float, data.get("removed_load", ()))),
+                tuple(
+                    tuple(
+                        Merge(int(m["into"]), tuple(map(int, m["members"])), tuple(map(float, m["weights"])))
+                        for m in layer
+                    )
+                    for layer in data.get("merges", ())
+                ),
+                bool(data.get("align", False)),
             )
         except UserError:
             raise

@@ -4,8 +4,9 @@
     Allocation  all layers' scores, constraints -> how many experts each layer keeps
     Pruner      evidence, constraints           -> PrunePlan
 
-Most pruners are a criterion and an allocation: derive from `ScorePruner`. A pruner of another kind (LAEP) derives from
-`Pruner`. Each declares in `needs` which statistics it reads (see evidence.py); only those are recorded.
+Most pruners are a criterion and an allocation: every registered criterion is a pruner by its own name, `ScorePruner` with
+that criterion. A pruner of another kind (LAEP) derives from `Pruner`. Each declares in `needs` which statistics it reads
+(see evidence.py); only those are recorded.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moeprune.errors import UserError
-from moeprune.pruning.constraints import Constraints, keep_highest
+from moeprune.pruning.constraints import Constraints
 from moeprune.pruning.evidence import Evidence, LayerEvidence
 from moeprune.pruning.plan import PrunePlan
 
@@ -58,7 +60,7 @@ class Criterion(_Described, ABC):
 
     @abstractmethod
     def score(self, layer: LayerEvidence, index: int) -> NDArray[np.float64]:
-        """[E] scores, high = keep, in the order of `layer.ids`; `index` is the layer's position, for seeding."""
+        """[E] finite scores, high = keep, in the order of `layer.ids`; `index` is the layer's position, for seeding."""
 
 
 class Allocation(_Described, ABC):
@@ -68,9 +70,34 @@ class Allocation(_Described, ABC):
 
     @abstractmethod
     def allocate(
-        self, scores: Sequence[NDArray[np.float64]], evidence: Evidence, constraints: Constraints
+        self, scores: Sequence[NDArray[np.float64]], evidence: Evidence, constraints: Constraints, ratio: float
     ) -> list[int]:
-        """Experts kept per layer, each allowed by `constraints`; `scores` holds one [E] array per layer."""
+        """Experts kept per layer, each allowed by `constraints`.
+
+        Args:
+            scores: one [E] array per layer, high = keep; they compare within a layer.
+            evidence: of all layers.
+            constraints: bounds that hold per layer.
+            ratio: share of all experts to cut, in [0, 1).
+        """
+
+
+class Uniform(Allocation):
+    """Cuts the same share of every layer's experts, int(E * ratio) of them, as far as the constraints allow.
+
+    Source: REAP, arXiv 2510.13999.
+    """
+
+    def allocate(
+        self, scores: Sequence[NDArray[np.float64]], evidence: Evidence, constraints: Constraints, ratio: float
+    ) -> list[int]:
+        """E - int(E * ratio) per layer, raised to the next allowed number."""
+        return [
+            constraints.nearest_at_least(
+                len(layer.ids) - int(len(layer.ids) * ratio), len(layer.ids), evidence.top_k, layer.n_original, index
+            )
+            for index, layer in enumerate(evidence.layers)
+        ]
 
 
 class Pruner(_Described, ABC):
@@ -88,17 +115,25 @@ class Pruner(_Described, ABC):
 
 
 class ScorePruner(Pruner):
-    """Keeps the experts of highest score; a criterion scores, an allocation says how many stay.
+    """Keeps the experts of highest score: any criterion as a pruner.
+
+    Source: the criterion's own.
 
     Args:
         criterion: scores the experts.
-        allocation: how many each layer keeps.
+        ratio: share of the experts to cut, in [0, 1).
+        allocation: how many each layer keeps; default: the same share of every layer.
+
+    Raises:
+        UserError: ratio out of range.
     """
 
-    def __init__(self, criterion: Criterion, allocation: Allocation) -> None:
-        self.criterion = criterion
-        self.allocation = allocation
-        self.needs = criterion.needs | allocation.needs
+    def __init__(self, criterion: Criterion, ratio: float = 0.25, allocation: Allocation | None = None) -> None:
+        if not 0 <= ratio < 1:
+            raise UserError(f"ratio must lie in [0, 1), got {ratio}; it is the share of experts to cut")
+        self.criterion, self.ratio = criterion, ratio
+        self.allocation = allocation or Uniform()
+        self.needs = criterion.needs | self.allocation.needs
 
     def plan(self, evidence: Evidence, constraints: Constraints = Constraints()) -> PrunePlan:  # noqa: B008
         """See `Pruner.plan`."""
@@ -111,9 +146,43 @@ class ScorePruner(Pruner):
                     f"{self.criterion!r} gave layer {index} scores that are not {len(layer.ids)} finite numbers"
                 )
             scores.append(score)
-        n_kept = self.allocation.allocate(scores, evidence, constraints)
+        n_kept = self.allocation.allocate(scores, evidence, constraints, self.ratio)
         kept = [
-            keep_highest(score, n, layer.ids, layer.n_original, constraints.n_groups)
-            for score, n, layer in zip(scores, n_kept, evidence.layers, strict=True)
+            constraints.keep_highest(score, n, layer, index)
+            for index, (score, n, layer) in enumerate(zip(scores, n_kept, evidence.layers, strict=True))
         ]
         return PrunePlan.from_kept(kept, evidence, constraints, {"pruner": self.describe()})
+
+
+@cache
+def pruner_of(criterion: type[Criterion], name: str) -> type[ScorePruner]:
+    """The pruner called `name` that scores with `criterion`: takes the criterion's options, and ScorePruner's others."""
+    own = list(inspect.signature(criterion, eval_str=True).parameters.values())
+    rest = list(inspect.signature(ScorePruner, eval_str=True).parameters.values())[1:]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [p.replace(kind=keyword) for p in (*own, *rest)]
+
+    def __init__(self: ScorePruner, **options: Any) -> None:  # noqa: N807
+        bound = signature.bind(self, **options)
+        bound.apply_defaults()
+        given = {key: value for key, value in bound.arguments.items() if key != "self"}
+        made = criterion(**{p.name: given[p.name] for p in own})
+        ScorePruner.__init__(self, made, given["ratio"], given["allocation"])
+        for p in own:  # as the criterion keeps them
+            setattr(self, p.name, getattr(made, p.name))
+
+    signature = inspect.Signature([inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD), *parameters])
+    __init__.__signature__ = signature  # type: ignore[attr-defined]
+    __init__.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": None}
+    described = f"{(criterion.__doc__ or '').rstrip()}"
+    options = """    ratio: share of the experts to cut, in [0, 1).
+        allocation: how many each layer keeps; default: the same share of every layer.
+    """
+    head, args, tail = described.partition("    Args:")
+    documented = (
+        f"{head}{args}{tail.partition('Raises:')[0].rstrip()}\n        {options.strip()}\n    "
+        if args
+        else f"{described}\n\n    Args:\n        {options.strip()}\n    "
+    )
+    body = {"__init__": __init__, "__module__": "moeprune.names.pruner", "__qualname__": name, "__doc__": documented}
+    return type(name, (ScorePruner,), body)

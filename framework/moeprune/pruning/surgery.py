@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from moeprune.errors import UserError
-from moeprune.model.transformer import MoETransformer
+from moeprune.model.prunable import PrunableModel
+from moeprune.pruning.merging import merge_experts
 from moeprune.pruning.plan import PrunePlan
 
 
 @torch.no_grad()
-def apply_plan(model: MoETransformer, plan: PrunePlan, optimizers: Iterable[Optimizer] = ()) -> None:
+def apply_plan(model: PrunableModel, plan: PrunePlan, optimizers: Iterable[Optimizer] = ()) -> None:
     """Remove from `model` the experts that `plan` does not keep, in place.
 
     Parameters that shrink become new Parameters, which take the old ones' places in the optimizers' parameter groups
     (schedules go on) with the survivors' moments. Layers that lose nothing are not touched. Call it for an EMA copy of
-    the model as well.
+    the model as well. Where the plan merges experts, their weights are averaged first; the moments are the survivor's.
 
     Args:
         model: its layers' expert_ids are `plan.before`.
@@ -36,25 +39,53 @@ def apply_plan(model: MoETransformer, plan: PrunePlan, optimizers: Iterable[Opti
     for index, (layer, before) in enumerate(zip(layers, plan.before, strict=True)):
         if tuple(sorted(layer.ids)) != before:
             raise UserError(f"the plan was made for other experts than layer {index} of this model has")
-    for layer, kept in zip(layers, plan.kept, strict=True):
+    for index, (layer, kept) in enumerate(zip(layers, plan.kept, strict=True)):
+        if plan.merges:
+            merge_experts(layer, plan.merges[index], plan.align)
         stay = set(kept)
         positions = [position for position, expert in enumerate(layer.ids) if expert in stay]
         if len(positions) == layer.n_experts:
             continue
-        select = torch.tensor(positions, device=layer.expert_ids.device)
         for owner, name, dim in list(layer.expert_tensors()):
-            _cut(owner, name, dim, select, optimizers)
-        layer.router.n_experts = len(positions)
+            _cut(owner, name, dim, positions, optimizers)
+        layer.resized(len(positions))
 
 
-def _cut(owner: nn.Module, name: str, dim: int, select: Tensor, optimizers: list[Optimizer]) -> None:
+@contextmanager
+def only(model: PrunableModel, kept: Sequence[Sequence[int]]) -> Iterator[None]:
+    """The model with only the experts of these original ids per layer, for as long as the context lasts.
+
+    Afterwards its tensors are the very same objects as before.
+    """
+    saved: list[tuple[Any, str, Any]] = []
+    sizes = [layer.n_experts for layer in model.moe_layers]
+    try:
+        for layer, ids in zip(model.moe_layers, kept, strict=True):
+            stay = set(ids)
+            positions = [position for position, expert in enumerate(layer.ids) if expert in stay]
+            if len(positions) == layer.n_experts:
+                continue
+            for owner, name, dim in list(layer.expert_tensors()):
+                saved.append((owner, name, getattr(owner, name)))
+                _cut(owner, name, dim, positions, [])
+            layer.resized(len(positions))
+        yield
+    finally:
+        for owner, name, tensor in saved:
+            setattr(owner, name, tensor)
+        for layer, n_experts in zip(model.moe_layers, sizes, strict=True):
+            layer.resized(n_experts)
+
+
+def _cut(owner: Any, name: str, dim: int, positions: list[int], optimizers: list[Optimizer]) -> None:
     old = getattr(owner, name)
     if old is None:
         return
+    select = torch.tensor(positions, device=old.device)
     if not isinstance(old, nn.Parameter):
         setattr(owner, name, old.index_select(dim, select))
         return
-    new = nn.Parameter(old.index_select(dim, select), requires_grad=old.requires_grad)
+    new = nn.Parameter(old.detach().index_select(dim, select), requires_grad=old.requires_grad)
     if old.grad is not None:
         new.grad = old.grad.index_select(dim, select)
     setattr(owner, name, new)

@@ -5,8 +5,8 @@ decides as the one that never stopped.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,8 @@ class Progress:
         tokens: tokens seen, over all ranks.
         windows: complete load windows since the last prune, oldest first.
         prunes: prunes done.
+        metrics: last known values by name, the same on all ranks: `val_loss` once a validation ran, and the load metrics of
+            the last complete window, mean over layers (`max_vio`, `entropy`, `cv`, `gini`, `dead`).
     """
 
     step: int
@@ -48,11 +50,22 @@ class Progress:
     tokens: int
     windows: Sequence[LoadWindow]
     prunes: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 class Trigger(_Described, ABC):
-    """Asked after every load window, and after every step in between."""
+    """Asked after every optimizer step."""
 
     @abstractmethod
     def fires(self, progress: Progress) -> str | None:
         """None, or the reason to prune now, in a few words for the log."""
+
+    def share(self, prunes: int) -> float:
+        """How much of what the pruner wants gone is gone after this prune, in (0, 1]; 1 unless pruning is gradual.
+
+        What the pruner wants is asked once, at the first prune: later ones go on towards the same number per layer.
+
+        Args:
+            prunes: prunes done before this one.
+        """
+        return 1.0

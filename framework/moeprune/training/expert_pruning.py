@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ class ExpertPruning(pl.Callback):
     fires, the pruner plans from the last `evidence_windows` windows (and, where it reads more than loads, from calibration
     batches), the plan is applied to the model and its optimizer, and training goes on. Windows and events are rows of
     `loads.jsonl` and `events.jsonl` in the run's folder, and are part of every checkpoint.
+
+    A gradual trigger prunes several times towards the numbers that the pruner wants at the first prune. Where the router limits
+    its choice to groups, every group keeps the same number.
 
     Args:
         pruner: what to prune with; null watches the loads only.
@@ -76,6 +80,8 @@ class ExpertPruning(pl.Callback):
         self._partial: ExpertLoad | None = None  # this rank's loads since the last complete window
         self._partial_state: list[torch.Tensor] | None = None  # the same, over all ranks, from a checkpoint
         self._tokens = 0
+        self._metrics: dict[str, float] = {}
+        self._target: list[list[int]] = []  # of a gradual prune: experts per layer before the first and after the last
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
@@ -84,6 +90,8 @@ class ExpertPruning(pl.Callback):
         return {
             "events": self.events,
             "tokens": self._tokens,
+            "metrics": self._metrics,
+            "target": self._target,
             "partial": None if self._partial is None else [torch.from_numpy(count) for count in self._partial.totals()],
             "windows": [
                 {"first": w.first, "last": w.last, "loads": [torch.from_numpy(np.asarray(x)) for x in w.loads]}
@@ -95,6 +103,7 @@ class ExpertPruning(pl.Callback):
         """The inverse of `state_dict`."""
         self.events = list(state_dict["events"])
         self._tokens = state_dict["tokens"]
+        self._metrics, self._target = dict(state_dict["metrics"]), list(state_dict["target"])
         self._partial_state = state_dict["partial"]
         self._windows = [
             LoadWindow(w["first"], w["last"], [loads.cpu().numpy() for loads in w["loads"]])
@@ -109,7 +118,8 @@ class ExpertPruning(pl.Callback):
             return
         check_strategy(trainer)
         config = _module(pl_module).config
-        self.constraints.feasible(config.n_experts, config.top_k)
+        for layer in range(config.n_layers):
+            self.constraints.feasible(config.n_experts, config.top_k, layer=layer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the files, dropping rows of steps that a killed run did not save; prune if it is due already."""
@@ -148,6 +158,11 @@ class ExpertPruning(pl.Callback):
             self._log_window(trainer, module)
         self._ask(trainer, module)
 
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep the loss for triggers; it is the same on all ranks."""
+        if not trainer.sanity_checking and "val_loss" in trainer.callback_metrics:
+            self._metrics["val_loss"] = float(trainer.callback_metrics["val_loss"])
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave complete files."""
         if trainer.is_global_zero:
@@ -166,7 +181,13 @@ class ExpertPruning(pl.Callback):
         if self.trigger is None:
             return
         progress = Progress(
-            trainer.global_step, trainer.max_steps, module.warmup_steps, self._tokens, self._windows, len(self.events)
+            trainer.global_step,
+            trainer.max_steps,
+            module.warmup_steps,
+            self._tokens,
+            self._windows,
+            len(self.events),
+            self._metrics,
         )
         reason = self.trigger.fires(progress)
         if reason is None:
@@ -184,10 +205,11 @@ class ExpertPruning(pl.Callback):
     def _prune(self, trainer: pl.Trainer, module: MoELanguageModel, reason: str) -> None:
         assert self.pruner is not None
         model, step = module.transformer, trainer.global_step
+        self.constraints = self.constraints.with_groups(model.n_groups)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         began = time.perf_counter()
         evidence = self._evidence(trainer, module)
-        plan = self.pruner.plan(evidence, self.constraints).made_by(self.pruner)
+        plan = self.pruner.plan(evidence, self._bounds(evidence)).made_by(self.pruner)
         plan = PrunePlan.from_dict(trainer.strategy.broadcast(plan.to_dict()))  # every rank the same decision
         planned = time.perf_counter()
         before = domain_losses(model, data.evaluation_batches("valid"))
@@ -218,6 +240,24 @@ class ExpertPruning(pl.Callback):
         pl.utilities.rank_zero_info(
             f"step {step}: pruned ({reason}); validation loss {_mean(before):.4f} -> {_mean(after):.4f} ({jump:+.4f})\n{plan}"
         )
+
+    def _bounds(self, evidence: Evidence) -> Constraints:
+        """The constraints of this prune: of a gradual one, they say how many experts each layer keeps this time."""
+        assert self.pruner is not None
+        assert self.trigger is not None
+        share = self.trigger.share(len(self.events))
+        if share >= 1 and not self._target:
+            return self.constraints
+        if not self._target:
+            wanted = self.pruner.plan(evidence, self.constraints).n_kept
+            self._target = [[len(layer.ids) for layer in evidence.layers], list(wanted)]
+        numbers = [
+            self.constraints.nearest_at_least(
+                round(before - share * (before - after)), len(layer.ids), evidence.top_k, layer.n_original, index
+            )
+            for index, (before, after, layer) in enumerate(zip(*self._target, evidence.layers, strict=True))
+        ]
+        return replace(self.constraints, min_keep=numbers, max_keep=numbers)
 
     def _evidence(self, trainer: pl.Trainer, module: MoELanguageModel) -> Evidence:
         """Loads of the last windows (and of the unfinished one), plus what calibration measures for this pruner."""
@@ -257,7 +297,8 @@ class ExpertPruning(pl.Callback):
         window = self._windows[-1]
         metrics = [load_metrics(loads) for loads in window.loads]
         for name in metrics[0]:
-            module.log(f"load/{name}", float(np.mean([metric[name] for metric in metrics])), rank_zero_only=True)
+            self._metrics[name] = float(np.mean([metric[name] for metric in metrics]))
+            module.log(f"load/{name}", self._metrics[name], rank_zero_only=True)
         if trainer.is_global_zero:
             self._loads_file.append(
                 {

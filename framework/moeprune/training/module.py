@@ -69,6 +69,7 @@ class MoELanguageModel(pl.LightningModule):
         final_learning_rate: share of `learning_rate` that is left at the end.
         unigram_bias: start the output bias at the log frequencies of the tokens (see docs/model.md).
         init_seed: of the initial weights.
+        activation_checkpointing: keep only each block's input for the backward pass and compute the rest again.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class MoELanguageModel(pl.LightningModule):
         final_learning_rate: float = 0.05,
         unigram_bias: bool = True,
         init_seed: int = 0,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         for name, value in (("decay", decay), ("final_learning_rate", final_learning_rate)):
@@ -94,9 +96,12 @@ class MoELanguageModel(pl.LightningModule):
             raise UserError(f"warmup_steps must be at least 0, got {warmup_steps}")
         self.config = config
         self.balancers = balancers or []
+        self._stepping = [b for b in self.balancers if type(b).after_step is not Balancer.after_step]
+        self._counts: list[Tensor] = []  # of this step, where a balancer asks for them
         self.learning_rate, self.weight_decay, self.betas = learning_rate, weight_decay, betas
         self.warmup_steps, self.decay, self.final_learning_rate = warmup_steps, decay, final_learning_rate
         self.unigram_bias, self.init_seed = unigram_bias, init_seed
+        self.activation_checkpointing = activation_checkpointing
         self.plans: list[PrunePlan] = []
         self.model: MoETransformer | None = None
         self._domain_metrics: dict[str, MeanMetric] = {}
@@ -122,15 +127,33 @@ class MoELanguageModel(pl.LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:
         """Cross-entropy plus balancing terms; also hands out the layers' counts, for the load windows."""
+        self.transformer.activation_checkpointing = self.activation_checkpointing
         logits, routings = self.transformer.forward_with_routing(batch[:, :-1])
+        layers = self.transformer.moe_layers
         loss = sequence_losses(logits, batch[:, 1:]).mean()
         total = loss
         for balancer in self.balancers:
-            terms = torch.stack([balancer.loss(routing) for routing in routings])
+            terms = torch.stack([balancer.loss(r, layer.router) for r, layer in zip(routings, layers, strict=True)])
             total = total + balancer.coefficient * terms.mean()
             self.log(f"balance/{type(balancer).__name__.lower()}", terms.mean().detach())
         self.log("train_loss", loss.detach(), prog_bar=True)
-        return {"loss": total, "lm_loss": loss.detach(), "counts": [routing.counts for routing in routings]}
+        counts = [routing.counts for routing in routings]
+        if self._stepping:
+            self._counts = [a + b for a, b in zip(self._counts, counts, strict=True)] if self._counts else counts
+        return {"loss": total, "lm_loss": loss.detach(), "counts": counts}
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """As Lightning does; then balancers that change the routers get the step's counts, over all ranks."""
+        super().optimizer_step(*args, **kwargs)
+        if not self._counts:
+            return
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            for count in self._counts:
+                torch.distributed.all_reduce(count)
+        with torch.no_grad():
+            for balancer in self._stepping:
+                balancer.after_step([layer.router for layer in self.transformer.moe_layers], self._counts)
+        self._counts = []
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Stop a run that has diverged before it writes NaN into the weights.

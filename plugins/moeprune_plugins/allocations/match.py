@@ -33,6 +33,7 @@ class Match(Allocation):
         scores: Sequence[NDArray[np.float64]],
         evidence: Evidence,
         constraints: Constraints,
+        ratio: float,
     ) -> list[int]:
         """The other pruner's numbers, per layer or spread evenly."""
         n_kept = list(self.pruner.plan(evidence, constraints).n_kept)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from moeprune.balancing.balancer import Balancer
-from moeprune.model.router import Routing
+from moeprune.model.router import Router, Routing
 
 
 class Switch(Balancer):
@@ -22,7 +22,7 @@ class Switch(Balancer):
     def __init__(self, coefficient: float = 1e-2) -> None:
         super().__init__(coefficient)
 
-    def loss(self, routing: Routing) -> Tensor:
+    def loss(self, routing: Routing, router: Router) -> Tensor:
         """See the class."""
         counts = routing.counts.to(routing.probs.dtype)
         probs = routing.probs if routing.mask is None else routing.probs[routing.mask]

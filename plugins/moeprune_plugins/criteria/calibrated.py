@@ -44,16 +44,6 @@ class Calibrated(Criterion):
         return np.asarray(layer.stats[f"g{self.alpha}f{self.beta}"] / n**self.b, dtype=np.float64)
 
 
-class Frequency(Calibrated):
-    """Tokens routed to the expert during calibration.
-
-    Source: the frequency baseline of REAP (arXiv 2510.13999) and MC-SMoE (arXiv 2310.01334).
-    """
-
-    def __init__(self) -> None:
-        super().__init__(0, 0, 0)
-
-
 class SeerSoft(Calibrated):
     """Sum of the gate weights, also called weighted frequency.
 

@@ -15,9 +15,8 @@ class Magnitude(Criterion):
     Source: magnitude pruning, Han et al. 2015 (arXiv 1506.02626), taken per expert.
     """
 
-    needs = frozenset({"weights"})
+    needs = frozenset({"w2"})
 
     def score(self, layer: LayerEvidence, index: int) -> NDArray[np.float64]:
         """[E] norms."""
-        gate_up, down = (layer.weights[name].detach().double() for name in ("gate_up", "down"))
-        return np.asarray((gate_up.square().sum((1, 2)) + down.square().sum((1, 2))).sqrt().cpu())
+        return np.asarray(np.sqrt(layer.stats["w2"].sum(1)))

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from moeprune.errors import UserError
-from moeprune.pruning.constraints import Constraints, keep_highest
+from moeprune.pruning.constraints import Constraints
 from moeprune.pruning.evidence import Evidence, LayerEvidence
 from moeprune.pruning.plan import PrunePlan
 from moeprune.pruning.pruner import Pruner
@@ -74,7 +74,7 @@ class LAEP(Pruner):
                 busiest * constraints.n_groups, len(layer.ids), evidence.top_k, layer.n_original, index
             )
             loads = layer.counts.astype(np.float64)
-            kept.append(keep_highest(loads, n, layer.ids, layer.n_original, constraints.n_groups))
+            kept.append(constraints.keep_highest(loads, n, layer, index))
         return PrunePlan.from_kept(kept, evidence, constraints, {"pruner": self.describe()})
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moeprune.model.router import Router, Routing
+from moeprune.model.router import Router
 
 
 class SoftmaxTopK(Router):
@@ -30,12 +30,14 @@ class SoftmaxTopK(Router):
         self.weight = nn.Parameter(torch.empty(n_experts, d_model))
         nn.init.normal_(self.weight, std=0.02)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Routing:
-        """See `Router.forward`."""
-        with torch.autocast(x.device.type, enabled=False):
-            logits = nn.functional.linear(x.float(), self.weight.float())
-            probs = logits.softmax(-1)
-            weights, indices = probs.topk(self.top_k, -1)
-            if self.renormalize:
-                weights = weights / weights.sum(-1, keepdim=True)
-        return Routing(logits, probs, weights, indices, mask)
+    def logits(self, x: Tensor) -> Tensor:
+        """See `Router.logits`."""
+        return nn.functional.linear(x, self.weight.float())
+
+    def choose(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Router.choose`."""
+        probs = logits.softmax(-1)
+        weights, indices = probs.topk(self.top_k, -1)
+        if self.renormalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return probs, weights, indices

@@ -1,4 +1,4 @@
-"""Expert load."""
+"""How often an expert is chosen."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from moeprune.pruning.evidence import LayerEvidence
 from moeprune.pruning.pruner import Criterion
 
 
-class Load(Criterion):
-    """Tokens routed to the expert, also called frequency.
+class Frequency(Criterion):
+    """Tokens routed to the expert, also called its load.
 
-    Source: the frequency baseline of REAP (arXiv 2510.13999); the load of LAEP (arXiv 2601.14327).
+    Source: the frequency baseline of REAP (arXiv 2510.13999) and MC-SMoE (arXiv 2310.01334); the load of LAEP (arXiv 2601.14327).
     """
 
     needs = frozenset({"counts"})

@@ -1,0 +1,73 @@
+"""The contract of statistics: what is summed up over the tokens of a calibration set, per expert."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moeprune.pruning.pruner import _Described
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one layer did with some tokens; padding is left out.
+
+    Args:
+        n_experts: E.
+        x: [T, D] input of the layer.
+        outputs: [T, K, D] f, the chosen experts' outputs before the combine weight is applied; None unless read.
+        combined: [T, D] sum over the chosen experts of weight times output; None unless outputs are read.
+        indices: [T, K] positions of the chosen experts.
+        weights: [T, K] weights they were combined with.
+        gates: [T, K] float64 g, by the gate definition that was asked for.
+        logits: [T, E] float32 of the router; None unless `routing` is read.
+        residual: [T, D] the residual stream before the layer; None unless read.
+    """
+
+    n_experts: int
+    x: Tensor
+    outputs: Tensor | None
+    combined: Tensor | None
+    indices: Tensor
+    weights: Tensor
+    gates: Tensor
+    logits: Tensor | None
+    residual: Tensor | None
+
+    @cached_property
+    def norms(self) -> Tensor:
+        """[T, K] float64, Euclidean norm of the experts' outputs."""
+        assert self.outputs is not None
+        norms: Tensor = torch.linalg.vector_norm(self.outputs, dim=-1, dtype=torch.float64)
+        return norms
+
+    def per_expert(self, values: Tensor) -> Tensor:
+        """Sum of values [T, K, ...] by expert: [E, ...] float64."""
+        flat = values.flatten(0, 1).double()
+        return flat.new_zeros(self.n_experts, *flat.shape[1:]).index_add_(0, self.indices.flatten(), flat)
+
+
+class Statistic(_Described, ABC):
+    """Sums something up over the tokens that the calibration routes to the experts of a layer.
+
+    Derive, register under the name by which pruners ask for it in `needs`, and take no arguments.
+
+    `reads` says what of `Seen` is used besides the routing: `outputs` (the experts' outputs), `routing` (the router's
+    logits), `residual` (the residual stream).
+    """
+
+    reads: frozenset[Literal["outputs", "routing", "residual"]] = frozenset({"outputs"})
+    reduce: Literal["sum", "max"] = "sum"  # how the states of two halves of the data combine
+
+    @abstractmethod
+    def measure(self, seen: Seen) -> Tensor:
+        """Contribution of some tokens, float64, of a shape that does not depend on them; combined by `reduce`."""
+
+    def finish(self, total: Tensor) -> Tensor:
+        """The statistic, first dimension E, from the combined contributions; they themselves unless overridden."""
+        return total
