@@ -88,6 +88,11 @@ class PrunableModel(Protocol):
         """Groups of a group-limited router; 1 without."""
         ...
 
+    @property
+    def min_experts(self) -> int:
+        """Fewest experts a layer must keep for the router to work; top_k unless it says otherwise."""
+        ...
+
     def logits(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """[B, S, V] from tokens [B, S] and mask [B, S] bool, False for padding."""
         ...

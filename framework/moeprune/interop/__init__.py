@@ -1,0 +1,1 @@
+"""Existing checkpoints of the transformers library: pruning them in place, exporting, importing."""

@@ -1,0 +1,241 @@
+"""Reading and writing transformers checkpoints: folders or hub names in; pruned folders out.
+
+    equal counts      a stock checkpoint of the same family, with a smaller number of experts in its configuration
+    unequal counts    renumbered tensors, `num_experts_per_layer` in the configuration, and a modeling file that
+                      AutoModelForCausalLM loads with trust_remote_code=True
+
+Both hold `moeprune.json`: the original ids of the experts of every layer, the plans, and where the model came from.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moeprune.errors import UserError
+from moeprune.files import new_folder, read_json, write_text
+from moeprune.interop import modeling_moeprune
+from moeprune.interop.transformers import TransformersModel, count_field, text_config
+from moeprune.pruning.plan import PrunePlan
+
+FORMAT = "moeprune.transformers/1"
+RECORD = "moeprune.json"
+
+
+def is_transformers(path: Path | str) -> bool:
+    """Whether `path` is a folder with a transformers checkpoint, or no path at all but a name on the hub."""
+    folder = Path(path)
+    if folder.is_dir():
+        config = folder / "config.json"
+        return config.exists() and "model_type" in read_json(config, "configuration")
+    return not folder.exists() and str(path).count("/") == 1 and not folder.suffix and not str(path).startswith(("/", "."))
+
+
+def read_record(path: Path | str) -> dict[str, Any]:
+    """What moeprune wrote beside a checkpoint; {} if it is nobody's but the model's author's.
+
+    Raises:
+        UserError: the record is garbled.
+    """
+    file = Path(path) / RECORD
+    if not file.exists():
+        return {}
+    record: dict[str, Any] = read_json(file, "record of pruned experts")
+    if record.get("format") != FORMAT:
+        raise UserError(f"{file} is not of format {FORMAT!r} (found {record.get('format')!r}); prune the model anew")
+    return record
+
+
+def load(path: Path | str, dtype: torch.dtype | str = "auto", device: str = "cpu") -> TransformersModel:
+    """A transformers checkpoint, pruned before or not.
+
+    Args:
+        path: a folder, or a name on the hub.
+        dtype: of the weights; `auto` takes the checkpoint's.
+        device: where to load it to.
+
+    Raises:
+        UserError: transformers is not installed, no such checkpoint, or a family that is not supported.
+    """
+    transformers = library()
+    record = read_record(path)
+    try:
+        config = transformers.AutoConfig.from_pretrained(path)
+        options: dict[str, Any] = {"config": config, "dtype": dtype, "device_map": device}
+        if hasattr(config, "moeprune"):
+            model = pruned_class(config).from_pretrained(path, **options)  # type: ignore[attr-defined]
+        else:
+            model = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"cannot load {path} with transformers: {_first_line(error)}") from error
+    ids = record.get("expert_ids")
+    return TransformersModel(model.eval(), ids, record.get("n_original"))
+
+
+def library() -> Any:
+    """The transformers package.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError("transformers checkpoints need the extra [hf]: pip install 'moeprune[hf]'") from error
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def stock_class(config: Any) -> type[Any]:
+    """The causal language model class of transformers for `config`."""
+    transformers = library()
+    cls: type[Any] = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return cls
+
+
+def pruned_class(config: Any) -> type[Any]:
+    """The class that holds layers of unequal size, as the modeling file of an export defines it."""
+    stock = stock_class(config)
+    return type(f"Pruned{stock.__name__}", (modeling_moeprune.PrunedExperts, stock), {})
+
+
+def export(
+    model: TransformersModel,
+    path: Path,
+    plans: Sequence[PrunePlan],
+    source: Path | str | None = None,
+    provenance: dict[str, Any] | None = None,
+    overwrite: bool = False,
+    max_shard_size: str = "5GB",
+) -> None:
+    """Write a pruned model; the folder is complete or not there.
+
+    Args:
+        model: after surgery.
+        path: folder to write.
+        plans: prunes so far, oldest first.
+        source: checkpoint whose tokenizer and generation files come along.
+        provenance: written into the record.
+        overwrite: replace an existing folder.
+        max_shard_size: of the safetensors files.
+
+    Raises:
+        UserError: the folder exists, or the disk is full.
+    """
+    new_folder(path, overwrite)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
+            made = Path(scratch) / "made"
+            _prepare_config(model)
+            try:
+                model.model.save_pretrained(made, max_shard_size=max_shard_size)
+            finally:
+                _restore_config(model)
+            finish(model, made, plans, source, provenance)
+            if path.exists():
+                shutil.rmtree(path)
+            made.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; free space or choose another --output") from error
+
+
+def counts_of(model: TransformersModel) -> list[int]:
+    """Experts per MoE layer."""
+    return [layer.n_experts for layer in model.moe_layers]
+
+
+def _prepare_config(model: TransformersModel) -> None:
+    counts = counts_of(model)
+    if len(set(counts)) == 1:
+        setattr(text_config(model.config), count_field(model.config), counts[0])
+
+
+def _restore_config(model: TransformersModel) -> None:
+    text = text_config(model.config)
+    setattr(text, count_field(model.config), model.n_original)
+
+
+def finish(
+    model: TransformersModel,
+    folder: Path,
+    plans: Sequence[PrunePlan],
+    source: Path | str | None,
+    provenance: dict[str, Any] | None,
+) -> None:
+    """Everything beside the weights: configuration, modeling file, record, tokenizer."""
+    write_config(folder, layout(model))
+    record = {
+        "format": FORMAT,
+        "n_original": model.n_original,
+        "num_experts_per_layer": counts_of(model),
+        "expert_ids": [list(layer.ids) for layer in model.moe_layers],
+        "plans": [plan.to_dict() for plan in plans],
+        "provenance": provenance or {},
+    }
+    write_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
+    if source is not None and Path(source).is_dir():
+        for file in Path(source).iterdir():
+            beside = file.suffix in (".json", ".model", ".txt", ".jinja") and not file.name.endswith(".index.json")
+            if file.is_file() and beside and not (folder / file.name).exists():
+                shutil.copy(file, folder / file.name)
+
+
+def layout(model: TransformersModel) -> dict[str, Any]:
+    """What a configuration must say of the pruned layers."""
+    config = model.config
+    counts = counts_of(model)
+    if len(set(counts)) == 1:
+        return {"count_field": count_field(config), "n_experts": counts[0]}
+    layers = [
+        {"n_experts": layer.n_experts, "tensors": layer.where.tensors, "attributes": layer.where.attributes}
+        for layer in model.moe_layers
+    ]
+    return {
+        "count_field": count_field(config),
+        "n_experts": model.n_original,
+        "num_experts_per_layer": counts,
+        "class": stock_class(config).__name__,
+        "moeprune": {"layers": layers},
+    }
+
+
+def write_config(folder: Path, found: dict[str, Any]) -> None:
+    """Put `layout` into a folder's config.json, and the modeling file beside it where layers are unequal."""
+    data = read_json(folder / "config.json", "configuration")
+    text = data.get("text_config", data)
+    text[found["count_field"] if found["count_field"] in text else _spelled(text, found["count_field"])] = found["n_experts"]
+    if "moeprune" in found:
+        name = f"Pruned{found['class']}"
+        data |= {
+            "num_experts_per_layer": found["num_experts_per_layer"],
+            "moeprune": found["moeprune"],
+            "architectures": [name],
+            "auto_map": {"AutoModelForCausalLM": f"modeling_moeprune.{name}"},
+        }
+        code = Path(modeling_moeprune.__file__).read_text(encoding="utf-8")
+        head, _, body = code.partition("from torch import nn\n")
+        imports = f"from torch import nn\nfrom transformers import {found['class']}\n"
+        tail = f'\n\nclass {name}(PrunedExperts, {found["class"]}):\n    """{found["class"]} with unequal layers."""\n'
+        write_text(folder / "modeling_moeprune.py", head + imports + body + tail)
+    else:
+        for key in ("num_experts_per_layer", "moeprune", "auto_map"):
+            data.pop(key, None)
+    write_text(folder / "config.json", json.dumps(data, indent=2) + "\n")
+
+
+def _spelled(text: dict[str, Any], name: str) -> str:
+    """The name under which a configuration on disk keeps the number of experts, where it is an alias of `name`."""
+    from moeprune.interop.transformers import COUNTS
+
+    return next((each for each in COUNTS if each in text), name)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

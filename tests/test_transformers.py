@@ -1,0 +1,193 @@
+"""Pruning transformers models in place: every family, found by structure, routed by its own router."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families import FAMILIES, build
+from torch import Tensor
+from torch.nn import functional as F
+
+from moeprune import Constraints, create
+from moeprune.errors import UserError
+from moeprune.interop.checkpoint import export, load, read_record
+from moeprune.interop.transformers import TransformersModel
+from moeprune.pruning.calibration import record
+from moeprune.pruning.plan import PrunePlan
+from moeprune.pruning.surgery import apply_plan, only
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def tokens(rows: int = 2, length: int = 11, seed: int = 1) -> Tensor:
+    return torch.randint(3, 64, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@contextmanager
+def masked(model: TransformersModel, removed: list[list[int]]) -> Iterator[None]:
+    """The slow reference: inside a router, every linear map onto experts gives minus infinity for those removed, and so do
+    biases of the choice.
+    """
+    hooks, saved = [], []
+    plain = F.linear
+    for layer, gone in zip(model.moe_layers, removed, strict=True):
+        E = layer.n_experts
+
+        def enter(*_: Any, gone: list[int] = gone, E: int = E) -> None:
+            def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+                out = plain(x, w, b)
+                if out.shape[-1] == E:
+                    out = out.clone()
+                    out[..., gone] = -torch.inf
+                return out
+
+            F.linear = linear
+
+        def leave(*_: Any) -> None:
+            F.linear = plain
+
+        hooks += [layer.router.register_forward_pre_hook(enter), layer.router.register_forward_hook(leave)]
+        for owner, name, dim in layer.expert_tensors():
+            if "bias" in name and "proj" not in name:
+                tensor = getattr(owner, name)
+                saved.append((tensor, tensor.detach().clone()))
+                with torch.no_grad():
+                    tensor.index_fill_(dim, torch.tensor(gone, dtype=torch.int64), -1e9)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        F.linear = plain
+        with torch.no_grad():
+            for tensor, old in saved:
+                tensor.copy_(old)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pruned_equals_masked(family: str) -> None:
+    whole = TransformersModel(build(family))
+    constraints = Constraints().for_router(whole.n_groups, whole.min_experts)
+    evidence = record(whole, [tokens()], frozenset({"counts", "g1f1", "g0f0"}))
+    plan = create("pruner", "reap", ratio=0.4).plan(evidence, constraints)
+    assert sum(plan.n_kept) < 8 * len(plan.kept)
+    with torch.no_grad():
+        before = whole.logits(tokens())
+        with masked(whole, [list(ids) for ids in plan.removed]):
+            expected = whole.logits(tokens())
+        assert torch.equal(whole.logits(tokens()), before)
+        assert not torch.allclose(before, expected, atol=1e-3)
+        cut = TransformersModel(copy.deepcopy(whole.model))
+        apply_plan(cut, plan)
+        assert (cut.logits(tokens()) - expected).abs().max() <= 1e-5
+        with only(whole, plan.kept):
+            assert torch.equal(whole.logits(tokens()), cut.logits(tokens()))
+        assert torch.equal(whole.logits(tokens()), before)
+        apply_plan(whole, PrunePlan(plan.before, plan.before, plan.n_original, plan.top_k))
+        assert torch.equal(whole.logits(tokens()), before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_statistics_are_of_the_models_own_routing(family: str) -> None:
+    """Against a pass that spies on the experts' calls and computes each expert alone, token by token."""
+    model = TransformersModel(build(family))
+    seen: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in model.moe_layers]
+    hooks = [
+        layer.experts.register_forward_pre_hook(lambda _, args, calls=calls: calls.append(tuple(args)))
+        for layer, calls in zip(model.moe_layers, seen, strict=True)
+    ]
+    with torch.no_grad():
+        before = model.logits(tokens()[:, :-1])
+    for hook in hooks:
+        hook.remove()
+    evidence = record(model, [tokens()], frozenset({"counts", "g0f0", "g1f1", "g2f2", "max_f", "mean_f", "w1", "w2"}))
+    with torch.no_grad():
+        assert torch.equal(model.logits(tokens()[:, :-1]), before)
+    for layer, calls, found in zip(model.moe_layers, seen, evidence.layers, strict=True):
+        ((x, indices, weights),) = calls
+        E = layer.n_experts
+        counts, g1f1, peak = np.zeros(E), np.zeros(E), np.zeros(E)
+        for t in range(len(x)):
+            for k in range(indices.shape[1]):
+                e = int(indices[t, k])
+                with torch.no_grad():
+                    f = layer.experts(x[t : t + 1], torch.tensor([[e]]), torch.ones(1, 1))[0].double()
+                counts[e] += 1
+                g1f1[e] += float(weights[t, k]) * float(f.norm())
+                peak[e] = max(peak[e], float(f.abs().max()))
+        assert np.array_equal(found.counts, counts)
+        np.testing.assert_allclose(found.stats["g1f1"], g1f1, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(found.stats["max_f"], peak, rtol=1e-4, atol=1e-6)
+        parameters = [p for name, (p, _) in layer.expert_parameters().items() if "bias" not in name]
+        total = sum(p.detach().double().abs().flatten(1).sum(1) for p in parameters)
+        np.testing.assert_allclose(found.stats["w1"].sum(1), total, rtol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss", "gemma4_text", "flex_olmo"])
+def test_padding_and_gradients(family: str) -> None:
+    model = TransformersModel(build(family))
+    mask = torch.ones(2, 11, dtype=torch.bool)
+    mask[:, 7:] = False
+    needs = frozenset({"counts", "g1f1", "taylor", "fisher"})
+    found = [record(model, [(tokens().masked_fill(~mask, junk), mask)], needs) for junk in (5, 9)]
+    for a, b in zip(found[0].layers, found[1].layers, strict=True):
+        assert a.counts.sum() == 2 * 7 * model.top_k
+        for name in needs:
+            np.testing.assert_allclose(a.stats[name], b.stats[name], rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("family", "what"), [("llama4_text", "no module holds fused experts"), ("gpt2", "no number of experts")]
+)
+def test_what_is_not_supported_says_where(family: str, what: str) -> None:
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64, "head_dim": 8}
+    extra = {"intermediate_size": 16, "num_local_experts": 4} if family == "llama4_text" else {}
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**small, **extra))
+    with pytest.raises(UserError, match=what):
+        TransformersModel(model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("equal", [True, False], ids=["equal", "unequal"])
+def test_saved_and_reloaded_is_the_same(family: str, equal: bool, tmp_path: Path) -> None:
+    """Equal counts: stock transformers loads it. Unequal: with the modeling file saved beside it."""
+    from transformers import AutoModelForCausalLM
+
+    model = TransformersModel(build(family))
+    numbers = [4] * 3 if equal else [6, 4, 8]
+    evidence = record(model, [tokens()], frozenset({"counts"}))
+    pruner = create("pruner", "frequency", allocation=create("allocation", "explicit", n_kept=numbers[: len(model.where)]))
+    constraints = Constraints().for_router(model.n_groups, model.min_experts)
+    plan = pruner.plan(evidence, constraints)
+    apply_plan(model, plan)
+    with torch.no_grad():
+        expected = model.logits(tokens())
+    export(model, tmp_path / "pruned", [plan])
+    again = load(tmp_path / "pruned", torch.float32)
+    assert [layer.ids for layer in again.moe_layers] == list(plan.kept)
+    unequal = len(set(plan.n_kept)) > 1
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", dtype=torch.float32, trust_remote_code=unequal).eval()
+    with torch.no_grad():
+        assert torch.equal(again.logits(tokens()), expected)
+        assert torch.equal(stock(tokens(), use_cache=False).logits, expected)
+        generated = stock.generate(tokens(1, 5), max_new_tokens=6, do_sample=False)
+        slow = tokens(1, 5)
+        for _ in range(generated.shape[1] - 5):
+            slow = torch.cat([slow, stock(slow, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+        assert torch.equal(generated, slow)
+    # pruned once more, ids still are those of the first model
+    second = create("pruner", "random", allocation=create("allocation", "explicit", n_kept=[4] * len(model.where)))
+    later = second.plan(record(again, [tokens()], frozenset({"counts"})), constraints)
+    apply_plan(again, later)
+    export(again, tmp_path / "twice", [plan, later])
+    assert [layer.ids for layer in load(tmp_path / "twice").moe_layers] == list(later.kept)
+    assert len(read_record(tmp_path / "twice")["plans"]) == 2
