@@ -41,7 +41,7 @@ GROUPED = {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2, "topk_
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2_moe": PLAIN,
     "qwen3_moe": PLAIN,
-    "qwen3_next": PLAIN,
+    "qwen3_next": PLAIN | {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
     "olmoe": PLAIN,
     "mixtral": LOCAL,
     "minimax_m2": LOCAL,

@@ -156,6 +156,12 @@ def test_what_is_not_supported_says_where(family: str, what: str) -> None:
         TransformersModel(model)
 
 
+def exactly(model: TransformersModel, numbers: list[int]) -> Constraints:
+    """Constraints under which layer i keeps numbers[i] experts."""
+    mine = numbers[: len(model.moe_layers)]
+    return Constraints(min_keep=mine, max_keep=mine).for_router(model.n_groups, model.min_experts)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("equal", [True, False], ids=["equal", "unequal"])
 def test_saved_and_reloaded_is_the_same(family: str, equal: bool, tmp_path: Path) -> None:
@@ -165,9 +171,7 @@ def test_saved_and_reloaded_is_the_same(family: str, equal: bool, tmp_path: Path
     model = TransformersModel(build(family))
     numbers = [4] * 3 if equal else [6, 4, 8]
     evidence = record(model, [tokens()], frozenset({"counts"}))
-    pruner = create("pruner", "frequency", allocation=create("allocation", "explicit", n_kept=numbers[: len(model.where)]))
-    constraints = Constraints().for_router(model.n_groups, model.min_experts)
-    plan = pruner.plan(evidence, constraints)
+    plan = create("pruner", "frequency").plan(evidence, exactly(model, numbers))
     apply_plan(model, plan)
     with torch.no_grad():
         expected = model.logits(tokens())
@@ -175,7 +179,9 @@ def test_saved_and_reloaded_is_the_same(family: str, equal: bool, tmp_path: Path
     again = load(tmp_path / "pruned", torch.float32)
     assert [layer.ids for layer in again.moe_layers] == list(plan.kept)
     unequal = len(set(plan.n_kept)) > 1
-    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", dtype=torch.float32, trust_remote_code=unequal).eval()
+    stock = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "pruned", dtype=torch.float32, trust_remote_code=unequal
+    ).eval()
     with torch.no_grad():
         assert torch.equal(again.logits(tokens()), expected)
         assert torch.equal(stock(tokens(), use_cache=False).logits, expected)
@@ -185,9 +191,42 @@ def test_saved_and_reloaded_is_the_same(family: str, equal: bool, tmp_path: Path
             slow = torch.cat([slow, stock(slow, use_cache=False).logits[:, -1:].argmax(-1)], 1)
         assert torch.equal(generated, slow)
     # pruned once more, ids still are those of the first model
-    second = create("pruner", "random", allocation=create("allocation", "explicit", n_kept=[4] * len(model.where)))
-    later = second.plan(record(again, [tokens()], frozenset({"counts"})), constraints)
+    later = create("pruner", "random").plan(record(again, [tokens()], frozenset({"counts"})), exactly(again, [4] * 3))
     apply_plan(again, later)
     export(again, tmp_path / "twice", [plan, later])
     assert [layer.ids for layer in load(tmp_path / "twice").moe_layers] == list(later.kept)
     assert len(read_record(tmp_path / "twice")["plans"]) == 2
+
+
+BURIES = {
+    "deepseek_v3", "glm4_moe", "dots1", "exaone_moe", "ernie4_5_moe", "minimax_m2", "gpt_oss", "afmoe", "lfm2_moe", "nemotron_h",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_uniform_view(family: str, tmp_path: Path) -> None:
+    """Where the router can bury padding the view is exact and stock code loads it; elsewhere it is refused."""
+    from transformers import AutoModelForCausalLM
+
+    model = TransformersModel(build(family))
+    if len(model.moe_layers) < 2:
+        pytest.skip("one MoE layer is never unequal")
+    plan = create("pruner", "frequency").plan(
+        record(model, [tokens()], frozenset({"counts"})), exactly(model, [6, 4, 8])
+    )
+    apply_plan(model, plan)
+    with torch.no_grad():
+        expected = model.logits(tokens(4))
+    if family not in BURIES:
+        with pytest.raises(UserError, match="would not be exact"):
+            export(model, tmp_path / "view", [plan], uniform_view=True)
+        assert not (tmp_path / "view").exists()
+        return
+    export(model, tmp_path / "view", [plan], uniform_view=True)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "view", dtype=torch.float32).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(stock(tokens(4), use_cache=False).logits, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            load(tmp_path / "view", torch.float32).logits(tokens(4)), expected, rtol=0, atol=1e-5
+        )
+    assert read_record(tmp_path / "view")["num_experts_per_layer"] == list(plan.n_kept)

@@ -20,7 +20,7 @@ import torch
 
 from moeprune.errors import UserError
 from moeprune.files import new_folder, read_json, write_text
-from moeprune.interop import modeling_moeprune
+from moeprune.interop import modeling_moeprune, uniform
 from moeprune.interop.transformers import TransformersModel, count_field, text_config
 from moeprune.pruning.plan import PrunePlan
 
@@ -34,7 +34,9 @@ def is_transformers(path: Path | str) -> bool:
     if folder.is_dir():
         config = folder / "config.json"
         return config.exists() and "model_type" in read_json(config, "configuration")
-    return not folder.exists() and str(path).count("/") == 1 and not folder.suffix and not str(path).startswith(("/", "."))
+    return (
+        not folder.exists() and str(path).count("/") == 1 and not folder.suffix and not str(path).startswith(("/", "."))
+    )
 
 
 def read_record(path: Path | str) -> dict[str, Any]:
@@ -67,7 +69,7 @@ def load(path: Path | str, dtype: torch.dtype | str = "auto", device: str = "cpu
     record = read_record(path)
     try:
         config = transformers.AutoConfig.from_pretrained(path)
-        options: dict[str, Any] = {"config": config, "dtype": dtype, "device_map": device}
+        options: dict[str, Any] = {"config": config, "dtype": dtype}
         if hasattr(config, "moeprune"):
             model = pruned_class(config).from_pretrained(path, **options)  # type: ignore[attr-defined]
         else:
@@ -75,7 +77,10 @@ def load(path: Path | str, dtype: torch.dtype | str = "auto", device: str = "cpu
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"cannot load {path} with transformers: {_first_line(error)}") from error
     ids = record.get("expert_ids")
-    return TransformersModel(model.eval(), ids, record.get("n_original"))
+    if any(-1 in layer for layer in ids or []):
+        ids = None  # a uniform view: its padding counts as experts
+        record = {}
+    return TransformersModel(model.eval().to(device), ids, record.get("n_original"))
 
 
 def library() -> Any:
@@ -113,6 +118,7 @@ def export(
     provenance: dict[str, Any] | None = None,
     overwrite: bool = False,
     max_shard_size: str = "5GB",
+    uniform_view: bool = False,
 ) -> None:
     """Write a pruned model; the folder is complete or not there.
 
@@ -124,11 +130,16 @@ def export(
         provenance: written into the record.
         overwrite: replace an existing folder.
         max_shard_size: of the safetensors files.
+        uniform_view: pad unequal layers to the largest with experts that are never chosen (see uniform.py); `model` is padded.
 
     Raises:
-        UserError: the folder exists, or the disk is full.
+        UserError: the folder exists, the disk is full, or a uniform view would not be exact.
     """
     new_folder(path, overwrite)
+    kept = [list(layer.ids) for layer in model.moe_layers]
+    if uniform_view:
+        positions = uniform.pad(model)
+        model = TransformersModel(model.model, positions, model.n_original)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
@@ -138,12 +149,14 @@ def export(
                 model.model.save_pretrained(made, max_shard_size=max_shard_size)
             finally:
                 _restore_config(model)
-            finish(model, made, plans, source, provenance)
+            finish(model, made, plans, source, provenance, kept)
             if path.exists():
                 shutil.rmtree(path)
             made.replace(path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; free space or choose another --output") from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; free space or choose another --output"
+        ) from error
 
 
 def counts_of(model: TransformersModel) -> list[int]:
@@ -168,14 +181,16 @@ def finish(
     plans: Sequence[PrunePlan],
     source: Path | str | None,
     provenance: dict[str, Any] | None,
+    kept: Sequence[Sequence[int]],
 ) -> None:
     """Everything beside the weights: configuration, modeling file, record, tokenizer."""
     write_config(folder, layout(model))
+    positions = [list(layer.ids) for layer in model.moe_layers]  # -1 for padding
     record = {
         "format": FORMAT,
         "n_original": model.n_original,
-        "num_experts_per_layer": counts_of(model),
-        "expert_ids": [list(layer.ids) for layer in model.moe_layers],
+        "num_experts_per_layer": list(map(len, kept)),
+        "expert_ids": positions,
         "plans": [plan.to_dict() for plan in plans],
         "provenance": provenance or {},
     }
@@ -210,7 +225,9 @@ def write_config(folder: Path, found: dict[str, Any]) -> None:
     """Put `layout` into a folder's config.json, and the modeling file beside it where layers are unequal."""
     data = read_json(folder / "config.json", "configuration")
     text = data.get("text_config", data)
-    text[found["count_field"] if found["count_field"] in text else _spelled(text, found["count_field"])] = found["n_experts"]
+    text[found["count_field"] if found["count_field"] in text else _spelled(text, found["count_field"])] = found[
+        "n_experts"
+    ]
     if "moeprune" in found:
         name = f"Pruned{found['class']}"
         data |= {

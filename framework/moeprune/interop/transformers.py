@@ -18,7 +18,14 @@ from torch import Tensor, nn
 
 from moeprune.errors import UserError
 
-COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "moe_num_routed_experts", "num_moe_experts")
+COUNTS = (
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "moe_num_experts",
+    "moe_num_routed_experts",
+    "num_moe_experts",
+)
 GROUPS = ("num_group", "n_group", "n_groups")
 _FIELDS: dict[Any, str] = {}  # what `count_field` found
 
@@ -101,7 +108,9 @@ def locate(config: Any) -> list[Tensors]:
     """
     n_experts = getattr(text_config(config), count_field(config))
     if not isinstance(n_experts, int):
-        raise UserError(f"{count_field(config)} of {config.model_type!r} is {n_experts!r}, not one number; not supported")
+        raise UserError(
+            f"{count_field(config)} of {config.model_type!r} is {n_experts!r}, not one number; not supported"
+        )
     here, twice = on_meta(config), on_meta(with_experts(config, 2 * n_experts))
     family = f"model type {config.model_type!r}"
     dims: dict[str, int] = {}
@@ -213,7 +222,9 @@ class TransformersLayer:
         share = weights.float() / weights.float().sum(1, keepdim=True)
         for probs in (logits.softmax(-1), logits.sigmoid(), logits):
             chosen = probs.gather(1, indices)
-            if torch.allclose(chosen / chosen.sum(1, keepdim=True), share, atol=2e-2 if weights.dtype != torch.float32 else 1e-4):
+            if torch.allclose(
+                chosen / chosen.sum(1, keepdim=True), share, atol=2e-2 if weights.dtype != torch.float32 else 1e-4
+            ):
                 return logits, probs
         if self._model.needs_probabilities:
             raise UserError(
@@ -289,9 +300,7 @@ class TransformersModel:
         UserError: a family that is not supported.
     """
 
-    def __init__(
-        self, model: Any, expert_ids: list[list[int]] | None = None, n_original: int | None = None
-    ) -> None:
+    def __init__(self, model: Any, expert_ids: list[list[int]] | None = None, n_original: int | None = None) -> None:
         self.model = model
         self.config = model.config
         self.n_original: int = n_original or getattr(text_config(self.config), count_field(self.config))
