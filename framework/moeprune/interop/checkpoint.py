@@ -13,6 +13,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def load(path: Path | str, dtype: torch.dtype | str = "auto", device: str = "cpu
         config = transformers.AutoConfig.from_pretrained(path)
         options: dict[str, Any] = {"config": config, "dtype": dtype}
         if hasattr(config, "moeprune"):
-            model = pruned_class(config).from_pretrained(path, **options)  # type: ignore[attr-defined]
+            model = pruned_class(config).from_pretrained(path, **options)
         else:
             model = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -90,7 +91,7 @@ def library() -> Any:
         UserError: it is not installed.
     """
     try:
-        import transformers
+        transformers: Any = import_module("transformers")
     except ImportError as error:
         raise UserError("transformers checkpoints need the extra [hf]: pip install 'moeprune[hf]'") from error
     transformers.utils.logging.disable_progress_bar()

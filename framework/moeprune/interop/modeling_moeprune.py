@@ -2,15 +2,17 @@
 configuration before weights are loaded. Saved beside the weights, it needs nothing but torch and transformers.
 """
 
+from typing import Any
+
 from torch import nn
 
 
-class PrunedExperts:
+class PrunedExperts(nn.Module):
     """Mixed in before a stock class. `config.moeprune` holds per MoE layer the number of experts, the tensors that have one entry
     per expert (path -> dimension) and the attributes that say how many there are.
     """
 
-    def __init__(self, config, *args, **kwargs):  # noqa: ANN001, ANN002, ANN003
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         """Build the stock model and cut it."""
         super().__init__(config, *args, **kwargs)
         for layer in config.moeprune["layers"]:

@@ -86,12 +86,13 @@ def with_experts(config: Any, n_experts: int) -> Any:
     return changed
 
 
-def on_meta(config: Any, cls: type[nn.Module] | None = None) -> nn.Module:
+def on_meta(config: Any) -> nn.Module:
     """The model of `config` without memory."""
-    from transformers import AutoModelForCausalLM
+    import transformers
 
+    library: Any = transformers
     with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config) if cls is None else cls(config)
+        model: nn.Module = library.AutoModelForCausalLM.from_config(config)
     return model
 
 
@@ -389,10 +390,10 @@ class TransformersModel:
             return hook
 
         for layer in self.moe_layers:
-            hooks.append(layer.experts.register_forward_pre_hook(enters(layer.where.block), with_kwargs=True))
-        for module in self.model.modules():
-            if not list(module.children()):
-                hooks.append(module.register_forward_hook(made))
+            hook = layer.experts.register_forward_pre_hook(enters(layer.where.block), with_kwargs=True)
+            hooks.append(hook)
+        leaves = [module for module in self.model.modules() if not list(module.children())]
+        hooks += [module.register_forward_hook(made) for module in leaves]
         try:
             self.logits(torch.zeros(1, 2, dtype=torch.int64, device=self.device))
         finally:

@@ -3,7 +3,8 @@ them.
 
 A linear router without bias cannot bury a padding row: its logit changes sign with the token. A router that adds a bias before
 it chooses can (DeepSeek-V3, GLM-4.5, ERNIE-4.5, gpt-oss, ...), and is exact where the weights of the chosen experts do not depend on the
-others: sigmoid scores, or softmax renormalised over the chosen. Whether that holds is not assumed but tried out on the routers.
+others: sigmoid scores, or softmax renormalised over the chosen. (Not where softmax probabilities compete with unequal biases, as in
+ERNIE-4.5: padding shrinks the probabilities and not the biases.) Whether that holds is not assumed but tried out on the routers.
 """
 
 from __future__ import annotations
