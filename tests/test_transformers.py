@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from moeprune import Constraints, create
 from moeprune.errors import UserError
 from moeprune.interop.checkpoint import export, load, read_record
+from moeprune.interop.layerwise import Skeleton, record_layerwise
 from moeprune.interop.transformers import TransformersModel
 from moeprune.pruning.calibration import record
 from moeprune.pruning.plan import PrunePlan
@@ -235,3 +236,31 @@ def test_uniform_view(family: str, tmp_path: Path) -> None:
             load(tmp_path / "view", torch.float32).logits(tokens(4)), expected, rtol=0, atol=1e-5
         )
     assert read_record(tmp_path / "view")["num_experts_per_layer"] == list(plan.n_kept)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layer_by_layer_equals_the_whole_model(family: str, tmp_path: Path) -> None:
+    """The same statistics to 1e-6, and never more than one decoder layer's experts in memory."""
+    build(family).save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    mask = torch.ones(2, 11, dtype=torch.bool)
+    mask[1, 6:] = False
+    batches = [tokens(), (tokens(seed=2), mask), tokens(1, 7, seed=3)]
+    needs = frozenset({"counts", "g0f0", "g1f1", "max_f", "var_f", "w1", "w2"})
+    plain = record(load(tmp_path / "model", torch.float32), batches, needs)
+    resident = []
+    load_layer = Skeleton.load
+
+    def spy(self: Skeleton, prefix: str) -> None:
+        load_layer(self, prefix)
+        layers = TransformersModel(self.model).moe_layers
+        resident.append(sum(p.device.type != "meta" for layer in layers for p, _ in layer.expert_parameters().values()))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Skeleton, "load", spy)
+        slow = record_layerwise(tmp_path / "model", batches, needs, dtype=torch.float32)
+    one = len(TransformersModel(build(family)).moe_layers[0].expert_parameters())
+    assert set(resident) <= {0, one}
+    for a, b in zip(plain.layers, slow.layers, strict=True):
+        assert a.stats.keys() == b.stats.keys()
+        for name in needs:
+            np.testing.assert_allclose(a.stats[name], b.stats[name], rtol=1e-6, atol=1e-9, err_msg=name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 
@@ -91,6 +92,11 @@ class PrunableModel(Protocol):
     @property
     def min_experts(self) -> int:
         """Fewest experts a layer must keep for the router to work; top_k unless it says otherwise."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where tokens go."""
         ...
 
     def logits(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -100,7 +100,7 @@ class Recording:
         self.seen = 0  # batches
         self.tokens = 0
         layers = model.moe_layers
-        device = next(layers[0].router.parameters()).device
+        device = model.device
         self._counts = [torch.zeros(layer.n_experts, dtype=torch.int64, device=device) for layer in layers]
         self._totals: list[dict[str, Tensor]] = [{} for _ in layers]
         self._gradients = bool(needs & GRADIENTS)
@@ -147,23 +147,21 @@ class Recording:
 
     @contextmanager
     def _watching(self, mask: Tensor | None) -> Iterator[None]:
-        watches = [_Watch(self, index, layer, mask) for index, layer in enumerate(self.model.moe_layers)]
-        try:
+        with ExitStack() as stack:
+            for index in range(len(self.model.moe_layers)):
+                stack.enter_context(watch(self, index, mask))
             yield
-        finally:
-            for watch in watches:
-                watch.remove()
 
     def add(self, index: int, seen: Seen) -> None:
         """Sum up what layer `index` did with some tokens."""
-        self._counts[index] += torch.bincount(seen.indices.flatten(), minlength=seen.n_experts)
+        self._counts[index] += seen.counts
         totals = self._totals[index]
         for name, statistic in self.measured.items():
             part = statistic.measure(seen)
             if name not in totals:
                 totals[name] = part
             elif statistic.reduce == "sum":
-                totals[name] += part
+                totals[name] = totals[name] + part  # not in place: parts may be shared
             else:
                 totals[name] = torch.maximum(totals[name], part)
 
@@ -214,9 +212,8 @@ class Recording:
                 stats["counts"] = self._counts[index].cpu().numpy()
             for name, statistic in self.measured.items():
                 stats[name] = statistic.finish(self._totals[index][name]).cpu().numpy()
-            weights = layer.weights() if self.needs & (WEIGHTS | {"weights"}) else {}
-            for name in self.needs & WEIGHTS:
-                stats[name] = _of_weights(name, weights, index)
+            stats |= self.weights_of(index)
+            weights = layer.weights() if "weights" in self.needs else {}
             layers.append(
                 LayerEvidence(
                     layer.ids,
@@ -236,6 +233,12 @@ class Recording:
         acceptance = trials.Acceptance(self.model, held) if "acceptance" in self.needs else None
         extra = {"gate": self.gate} if self.measured else {}
         return Evidence(tuple(layers), self.model.top_k, {**(provenance or {}), **extra}, acceptance)
+
+    def weights_of(self, index: int) -> dict[str, NDArray[np.float64]]:
+        """The statistics of the weights that were asked for, of one layer."""
+        wanted = self.needs & WEIGHTS
+        weights = self.model.moe_layers[index].weights() if wanted else {}
+        return {name: _of_weights(name, weights, index) for name in wanted}
 
     def _with_gradients(self, layer: LayerEvidence, index: int) -> LayerEvidence:
         per_layer = len(self._parameters) // len(self._counts)
@@ -261,6 +264,9 @@ def _of_weights(name: str, weights: Mapping[str, Tensor], index: int) -> NDArray
         return np.asarray(rows.detach().double().square().sum(1).cpu())
     columns = []
     for matrix in ("gate", "up", "down"):
+        if matrix not in weights:  # experts without a gate
+            columns.append(torch.zeros(len(weights["down"]), dtype=torch.float64))
+            continue
         w = weights[matrix].detach().flatten(1)
         if name == "w_n":
             columns.append(torch.full((len(w),), float(w.shape[1]), dtype=torch.float64))
@@ -268,6 +274,16 @@ def _of_weights(name: str, weights: Mapping[str, Tensor], index: int) -> NDArray
             power = w.abs() if name == "w1" else w.float().square()
             columns.append(power.sum(1, dtype=torch.float64).cpu())
     return np.asarray(torch.stack(columns, 1))
+
+
+@contextmanager
+def watch(recording: Recording, index: int, mask: Tensor | None = None) -> Iterator[None]:
+    """While the context lasts, what MoE layer `index` does with the tokens that `mask` [T] does not hide is recorded."""
+    watching = _Watch(recording, index, recording.model.moe_layers[index], mask)
+    try:
+        yield
+    finally:
+        watching.remove()
 
 
 class _Watch:
@@ -310,18 +326,18 @@ class _Watch:
             for a in range(0, T, step):
                 b = min(a + step, T)
                 f = self._outputs(x[a:b], indices[a:b]) if outputs else None
-                combined = None if f is None else torch.einsum("tk,tkd->td", weights[a:b].float(), f.float())
+                combined = None if f is None else torch.einsum("tk,tkd->td", weights[a:b].to(f.dtype), f)
                 if combined is not None:
                     parts.append(combined.to(x.dtype))
                 self._hand_over(a, b, x, indices, weights, f, combined)
         return torch.cat(parts) if out is None else out
 
     def _outputs(self, x: Tensor, indices: Tensor) -> Tensor:
-        """[T, K, D] of each chosen expert alone, computed by the layer's own code with one expert per row and weight 1."""
+        """[T, K, D] of each chosen expert alone, at least float32, by the layer's own code with one expert per row and weight 1."""
         (T, K), D = indices.shape, x.shape[1]
         rows = x[:, None].expand(T, K, D).reshape(T * K, D)
         f: Tensor = self._forward(rows, indices.reshape(-1, 1), x.new_ones(T * K, 1))
-        return f.view(T, K, D)
+        return f.view(T, K, D).to(torch.promote_types(f.dtype, torch.float32))
 
     def _hand_over(
         self, a: int, b: int, x: Tensor, indices: Tensor, weights: Tensor, f: Tensor | None, combined: Tensor | None

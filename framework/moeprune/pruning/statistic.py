@@ -20,7 +20,8 @@ class Seen:
     Args:
         n_experts: E.
         x: [T, D] input of the layer.
-        outputs: [T, K, D] f, the chosen experts' outputs before the combine weight is applied; None unless read.
+        outputs: [T, K, D] f, the chosen experts' outputs before the combine weight is applied, float32 or float64; None
+            unless read.
         combined: [T, D] sum over the chosen experts of weight times output; None unless outputs are read.
         indices: [T, K] positions of the chosen experts.
         weights: [T, K] weights they were combined with.
@@ -43,13 +44,30 @@ class Seen:
     def norms(self) -> Tensor:
         """[T, K] float64, Euclidean norm of the experts' outputs."""
         assert self.outputs is not None
-        norms: Tensor = torch.linalg.vector_norm(self.outputs, dim=-1, dtype=torch.float64)
+        norms: Tensor = torch.linalg.vector_norm(self.outputs, dim=-1).double()
         return norms
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """[E] int64, tokens that chose the expert."""
+        return torch.bincount(self.indices.flatten(), minlength=self.n_experts)
+
+    @cached_property
+    def sums(self) -> Tensor:
+        """[E, D] float64, sum of the expert's outputs; computed once for all statistics that need it."""
+        assert self.outputs is not None
+        return self.per_expert(self.outputs)
 
     def per_expert(self, values: Tensor) -> Tensor:
         """Sum of values [T, K, ...] by expert: [E, ...] float64."""
-        flat = values.flatten(0, 1).double()
-        return flat.new_zeros(self.n_experts, *flat.shape[1:]).index_add_(0, self.indices.flatten(), flat)
+        flat = values.flatten(0, 1)
+        if flat.ndim == 1:
+            return flat.new_zeros(self.n_experts, dtype=torch.float64).index_add_(
+                0, self.indices.flatten(), flat.double()
+            )
+        order = self.indices.flatten().argsort(stable=True)  # rows of an expert in a row: summed without a float64 copy
+        rows = flat.index_select(0, order).split(self.counts.tolist())
+        return torch.stack([each.sum(0, dtype=torch.float64) for each in rows])
 
 
 class Statistic(_Described, ABC):
