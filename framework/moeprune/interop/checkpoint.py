@@ -208,7 +208,7 @@ def layout(model: TransformersModel) -> dict[str, Any]:
     config = model.config
     counts = counts_of(model)
     if len(set(counts)) == 1:
-        return {"count_field": count_field(config), "n_experts": counts[0]}
+        return {"count_field": count_field(config), "n_experts": counts[0], "class": stock_class(config).__name__}
     layers = [
         {"n_experts": layer.n_experts, "tensors": layer.where.tensors, "attributes": layer.where.attributes}
         for layer in model.moe_layers
@@ -245,6 +245,7 @@ def write_config(folder: Path, found: dict[str, Any]) -> None:
     else:
         for key in ("num_experts_per_layer", "moeprune", "auto_map"):
             data.pop(key, None)
+        data["architectures"] = [found["class"]]  # not that of an earlier export with unequal layers
     write_text(folder / "config.json", json.dumps(data, indent=2) + "\n")
 
 

@@ -15,7 +15,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
@@ -58,13 +57,17 @@ def record_layerwise(
         UserError: a statistic that needs the whole model, a pruned checkpoint with unequal layers, or files that are missing.
     """
     if whole := sorted(needs & (GRADIENTS | TRIALS | {"weights"})):
-        raise UserError(f"{', '.join(whole)} cannot be measured layer by layer; leave out --layerwise, or leave them out")
+        raise UserError(
+            f"{', '.join(whole)} cannot be measured layer by layer; leave out --layerwise, or leave them out"
+        )
     skeleton = Skeleton(path, dtype, device)
     model = TransformersModel(skeleton.model, skeleton.record.get("expert_ids"), skeleton.record.get("n_original"))
     recording = Recording(model, needs - WEIGHTS, gate)
     if "residual" in recording.reads:
         names = [name for name, statistic in recording.measured.items() if "residual" in statistic.reads]
-        raise UserError(f"{', '.join(names)} cannot be measured layer by layer; leave out --layerwise, or leave them out")
+        raise UserError(
+            f"{', '.join(names)} cannot be measured layer by layer; leave out --layerwise, or leave them out"
+        )
     if not recording.reads_data:
         raise UserError("nothing to measure on data; use statistics of the weights through streaming instead")
     by_layer = {layer.where.block: index for index, layer in enumerate(model.moe_layers)}
@@ -114,7 +117,9 @@ class Skeleton:
         self.record = read_record(path)
         config = transformers.AutoConfig.from_pretrained(path)
         if hasattr(config, "moeprune"):
-            raise UserError(f"{path} has layers of unequal size, which cannot be calibrated layer by layer; load it whole")
+            raise UserError(
+                f"{path} has layers of unequal size, which cannot be calibrated layer by layer; load it whole"
+            )
         config.dtype = (config.dtype or torch.float32) if dtype == "auto" else dtype
         with torch.device("meta"):
             self.model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=config.dtype).eval()
@@ -143,7 +148,7 @@ class Skeleton:
         from transformers import conversion_mapping, core_model_loading, modeling_utils
 
         loading: Any = core_model_loading
-        mapping = conversion_mapping.get_model_conversion_mapping(self.model)
+        mapping: Any = conversion_mapping.get_model_conversion_mapping(self.model)
         converters = [entry for entry in mapping if isinstance(entry, loading.WeightConverter)]
         renamings = [entry for entry in mapping if isinstance(entry, loading.WeightRenaming)]
         names = self.model.state_dict()
@@ -157,7 +162,7 @@ class Skeleton:
                     if file not in open_files:
                         open_files[file] = stack.enter_context(safe_open(file, framework="pt"))
                     wanted[key] = open_files[file].get_slice(key)
-            config = modeling_utils.LoadStateDictConfig(
+            config: Any = modeling_utils.LoadStateDictConfig(
                 dtype=self.model.dtype, weight_mapping=mapping, device_map={"": self.device}
             )
             loading.convert_and_load_state_dict_in_model(self.model, wanted, config)
@@ -195,9 +200,9 @@ class Skeleton:
         own = self.layers[depth][1].forward
         try:
             for index in range(depth):
-                self.layers[index][1].forward = stands(index)  # type: ignore[method-assign]
+                self.layers[index][1].forward = stands(index)
                 patched.append(self.layers[index][1])
-            self.layers[depth][1].forward = runs  # type: ignore[method-assign]
+            self.layers[depth][1].forward = runs
             patched.append(self.layers[depth][1])
             self.model(input_ids=tokens, attention_mask=None if mask is None else mask.long(), use_cache=False)
         except _Enough:
@@ -215,7 +220,9 @@ def _files(folder: Path) -> dict[str, Path]:
     """
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        found = {name: folder / file for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()}
+        found = {
+            name: folder / file for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
+        }
         if missing := sorted({file.name for file in found.values() if not file.exists()}):
             raise UserError(f"{folder} lacks the shard {missing[0]} that its index names; complete the download")
         return found

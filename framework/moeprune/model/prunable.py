@@ -72,7 +72,10 @@ class PrunableLayer(Protocol):
 class PrunableModel(Protocol):
     """A language model with MoE layers."""
 
-    training: bool
+    @property
+    def training(self) -> bool:
+        """As nn.Module."""
+        ...
 
     @property
     def moe_layers(self) -> Sequence[PrunableLayer]:
