@@ -11,11 +11,13 @@ from moeprune.errors import UserError
 from moeprune.model.config import MoEConfig
 from moeprune.model.transformer import MoETransformer
 from moeprune.pruning.calibration import GRADIENTS, Recording, record
+from moeprune.pruning.statistic import Seen, Statistic
 from moeprune.registry import create, entries
 
 CONFIG = MoEConfig(vocab_size=53, d_model=16, n_layers=2, n_heads=2, n_experts=6, top_k=2, d_expert=7, max_seq_len=12)
 FAMILY = tuple(f"g{a}f{b}" for a in range(3) for b in range(3))
 OUTPUTS = frozenset(FAMILY) | {"max_f", "norm_mean_f", "var_f", "mean_f"}
+EVERY = frozenset(entry.name for entry in entries("statistic"))
 GATES = ["weight", "topk", "softmax"]
 
 
@@ -124,7 +126,7 @@ def test_the_model_is_as_it_was(model: MoETransformer) -> None:
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     with torch.no_grad():
         before = model(x)
-    both = record(model, batches(), OUTPUTS | GRADIENTS)
+    both = record(model, batches(), EVERY | GRADIENTS)
     alone = record(model, batches(), GRADIENTS)
     assert model.training
     assert all(torch.equal(p.grad, gradients[name]) for name, p in model.named_parameters())
@@ -137,7 +139,7 @@ def test_the_model_is_as_it_was(model: MoETransformer) -> None:
 def test_recording_computes_the_same_output(model: MoETransformer) -> None:
     """The pass that measures is the model's own forward pass."""
     x = batches()[0][:, :-1]
-    recording = Recording(model, OUTPUTS)
+    recording = Recording(model, EVERY)
     with torch.no_grad():
         plain = model(x)
         with recording._watching(None):
@@ -150,7 +152,7 @@ def test_padding_counts_for_nothing(model: MoETransformer) -> None:
     (batch,) = batches(1)
     mask = torch.ones_like(batch, dtype=torch.bool)
     mask[:, 9:] = False
-    needs = OUTPUTS | {"counts"}
+    needs = EVERY | {"counts"}
     alone = record(model, [batch[:, :10]], needs)
     padded = [record(model, [(batch.masked_fill(~mask, junk), mask)], needs | GRADIENTS) for junk in (0, 17)]
     for a, b, c in zip(alone.layers, padded[0].layers, padded[1].layers, strict=True):
@@ -162,7 +164,7 @@ def test_padding_counts_for_nothing(model: MoETransformer) -> None:
 
 
 def test_a_recording_goes_on_in_another_process(model: MoETransformer) -> None:
-    needs = OUTPUTS | {"counts"} | GRADIENTS
+    needs = EVERY | {"counts"} | GRADIENTS
     straight = record(model, batches(), needs)
     first, second = Recording(model, needs), Recording(model, needs)
     first.update(batches()[0])
@@ -172,6 +174,23 @@ def test_a_recording_goes_on_in_another_process(model: MoETransformer) -> None:
     assert second.tokens == 3 * 2 * 12
     for a, b in zip(straight.layers, second.evidence().layers, strict=True):
         assert all(np.array_equal(a.stats[name], b.stats[name]) for name in needs)
+
+
+def test_statistics_may_share_a_tensor(model: MoETransformer) -> None:
+    """Two that return the same tensor of `Seen` do not add into each other."""
+
+    class Shared(Statistic):
+        def measure(self, seen: Seen) -> torch.Tensor:
+            return seen.sums
+
+    recording = Recording(model, frozenset({"mean_f", "g0f0"}))
+    recording.measured |= {"one": Shared(), "other": Shared()}
+    for batch in batches():
+        recording.update(batch)
+    for layer in recording.evidence().layers:
+        expected = layer.stats["mean_f"] * layer.stats["g0f0"][:, None]
+        np.testing.assert_allclose(layer.stats["one"], expected, rtol=1e-9, atol=1e-12)
+        assert np.array_equal(layer.stats["other"], layer.stats["one"])
 
 
 def test_reap_by_hand(model: MoETransformer) -> None:

@@ -120,15 +120,15 @@ MATCH = ["--pruner=random", "--pruner.allocation=match"]
     [
         (
             ["--pruner=laap"],
-            "pruner: there is no pruner 'laap'; did you mean 'laep' | known: calibrated, characteristic",
+            "pruner: there is no pruner 'laap'; did you mean 'laep' | known: | calibrated, characteristic",
         ),
         (["--pruner={class_path: leap}"], "no pruner 'leap' | 'laep'"),
-        (["--pruner=3"], "no pruner '3' | known: calibrated"),
-        (["--pruner="], "pruner: | known: calibrated | class_path"),
-        (["--pruner=null"], "pruner: | known: calibrated | class_path"),
-        (["--pruner=[laep]"], "pruner: | known: calibrated | class_path"),
-        (["--pruner={class_pth: laep}"], "pruner: | known: calibrated | class_path"),
-        (["--pruner=no.such.Class"], "cannot import 'no.such.Class' | No module named 'no' | known: laep"),
+        (["--pruner=3"], "no pruner '3' | known: | calibrated"),
+        (["--pruner="], "pruner: | known: | calibrated | class_path"),
+        (["--pruner=null"], "missing: pruner | --pruner=NAME | --sweep"),
+        (["--pruner=[laep]"], "pruner: | known: | calibrated | class_path"),
+        (["--pruner={class_pth: laep}"], "pruner: | known: | calibrated | class_path"),
+        (["--pruner=no.such.Class"], "cannot import 'no.such.Class' | No module named 'no' | known: | laep"),
         (["--pruner=collections.OrderedDict"], "'collections.OrderedDict' does not derive from | Pruner"),
         (["--pruner=laep", "--pruner.bta=1"], "pruner: there is no option bta; did you mean beta?"),
         (["--pruner={class_path: laep, init_args: {bta: 1}}"], "pruner: there is no option bta; did you mean beta?"),
@@ -142,9 +142,10 @@ MATCH = ["--pruner=random", "--pruner.allocation=match"]
             ["--pruner=random", "--pruner.allocation=unifrm"],
             "pruner.allocation: there is no allocation 'unifrm' | 'uniform'",
         ),
-        ([*RANDOM, "--pruner.allocation.ratio=x"], "pruner.allocation.ratio: expected float, got 'x'"),
-        ([*RANDOM, "--pruner.allocation.ratio=2"], "ratio must lie in [0, 1), got 2.0"),
-        ([*RANDOM, "--pruner.allocation.rato=1"], "pruner.allocation: there is no option rato; did you mean ratio?"),
+        ([*RANDOM, "--pruner.ratio=x"], "pruner.ratio: expected float, got 'x'"),
+        ([*RANDOM, "--pruner.ratio=2"], "ratio must lie in [0, 1), got 2.0"),
+        ([*RANDOM, "--pruner.rato=1"], "pruner: there is no option rato; did you mean ratio"),
+        ([*RANDOM, "--pruner.allocation.ratio=1"], "pruner.allocation: there is no option ratio"),
         (MATCH, "pruner.allocation: missing: pruner"),
         ([*MATCH, "--pruner.allocation.pruner=leap"], "pruner.allocation.pruner: there is no pruner 'leap' | 'laep'"),
         (
@@ -154,6 +155,20 @@ MATCH = ["--pruner=random", "--pruner.allocation=match"]
         (["--pruner=magnitude"], "magnitude( | 'w2' | `moeprune prune`"),
         (["--pruner=taylor"], "taylor( | 'taylor' | `moeprune prune`"),
         ([], "missing: pruner"),
+        (["--pruner=laep", "--evidence=absent"], "--counts or --evidence, not both"),
+        (["--pruner=laep", "--pruners=[reap]"], "pruners are those of a sweep; add --sweep"),
+        (["--pruner=laep", "--ratios=[0.5]"], "ratios are those of a sweep; add --sweep"),
+        (["--pruner=laep", "--sweep"], "--pruner or --sweep, not both"),
+        (["--sweep", "--pruners=[laep,leap]"], "there is no pruner 'leap'; did you mean | 'laep'"),
+        (["--sweep", "--pruners=[laep]"], "at least two pruners, got laep"),
+        (["--sweep", "--pruners=[laep,reap]"], "reap( | 'g0f0' | recorded were: counts"),
+        (["--sweep", "--pruners=[laep,score]"], "pruner 'score': missing a required argument: 'criterion'"),
+        (["--sweep", "--pruners=laep"], "pruners: expected list[str], got 'laep'"),
+        (["--sweep", "--ratios=[0.5,1]"], "ratios must lie in (0, 1), got 1.0"),
+        (["--sweep", "--ratios=[]"], "ratios are empty"),
+        (["--sweep", "--ratios=[half]"], "ratios: expected list[float], got ['half']"),
+        (["--sweep", "--output=counts.json"], "counts.json is a file; choose another --output"),
+        (["--sweep", "--multiple_of=64"], "multiple_of=64 is more than the 8 experts"),
         (["--pruner=laep", "--topk=3"], "no option --topk; did you mean --top_k?"),
         (["--pruner=laep", "stray"], "unexpected argument 'stray' | --name=value"),
         (["--pruner=laep", "--top_k"], "--top_k"),
@@ -184,13 +199,16 @@ NESTED = "pruner:\n  class_path: random\n  init_args:\n    allocation:\n      cl
         ("", "recipe.yaml is no YAML mapping"),
         ("pruner: laep\ntop_k: [1, 2\nfoo: {\n", "YAML error in recipe.yaml, line 3"),
         ("pruner:\n\tlaep: 1\n", "YAML error in recipe.yaml, line 2"),
-        ("prunr: laep\n", "there is no option prunr; did you mean pruner?"),
+        ("prunr: laep\n", "there is no option prunr; did you mean pruner"),
         ("pruner: leap\n", "pruner: there is no pruner 'leap' | 'laep'"),
         ("pruner:\n  class_path: leap\n", "pruner: there is no pruner 'leap' | 'laep'"),
         ("pruner:\n  class_path: laep\n  init_args: {bta: 1}\n", "pruner: there is no option bta | beta"),
         ("pruner:\n  class_path: laep\n  init_args: {beta: high}\n", "pruner.beta: expected float | 'high'"),
         (NESTED + "unifrm\n", "pruner.allocation: there is no allocation 'unifrm' | 'uniform'"),
-        (NESTED + "uniform\n      init_args: {ratio: x}\n", "pruner.allocation.ratio: expected float, got 'x'"),
+        (
+            NESTED + "match\n      init_args: {pruner: laep, spread: x}\n",
+            "pruner.allocation.spread: expected 'per_layer' or 'uniform', got 'x'",
+        ),
         ("pruner: laep\ntop_k: many\n", "top_k: expected int, got 'many'"),
     ],
 )
@@ -242,7 +260,8 @@ def test_counts(refused: Refused, tmp_path: Path, text: str, words: str) -> None
 
 def test_counts_that_are_not_there(refused: Refused) -> None:
     words_in(refused("plan", "--counts=absent.json", "--pruner=laep"), "no counts file at absent.json")
-    words_in(refused("plan", "--pruner=laep"), "missing: counts")
+    words_in(refused("plan", "--pruner=laep"), "missing: counts or evidence; give --counts=FILE or --evidence=FOLDER")
+    words_in(refused("plan", "--sweep"), "missing: counts or evidence")
 
 
 @pytest.mark.parametrize(
@@ -332,12 +351,46 @@ def test_fit_refuses_corrupt_checkpoints(refused: Refused, store: Path, name: st
         (["--pruner=taylor", "--data=absent"], "no data folder absent"),
         (["--pruner=random", "--output=full"], "full exists and is not empty | --overwrite=true"),
         (["--pruner=random", "--output=full/file"], "full/file is a file | --output"),
+        ([], "missing: pruner; give --pruner=NAME, or --plan=FILE"),
+        (["--plan=absent.json"], "no prune plan at absent.json"),
+        (["--plan=full/file"], "the prune plan at full/file is not JSON (line 1"),
+        (["--plan=full/file", "--pruner=random"], "a plan needs no pruner; give --plan or the other, not both"),
+        (["--plan=full/file", "--evidence=full"], "a plan needs no evidence; give --plan or the other, not both"),
+        (["--pruner=reap", "--evidence=full"], "no evidence at full | `moeprune calibrate`"),
+        (["--pruner=reap", "--batch_size=0"], "batch_size must be at least 1, got 0"),
     ],
 )
 def test_prune(refused: Refused, store: Path, tmp_path: Path, arguments: list[str], words: str) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("mine")
     words_in(refused("prune", f"--model={store / 'ok.ckpt'}", "--output=out", *arguments), words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model=absent.ckpt"], "no checkpoint at absent.ckpt"),
+        (["--statistics=[counts,g1f3]"], "no statistic 'g1f3'; did you mean | 'g1f1' | known: | counts"),
+        (["--statistics=g1f1"], "statistics: expected list[str] or 'all', got 'g1f1'"),
+        (["--statistics=[]"], "there is nothing to measure"),
+        (["--statistics=[weights]"], "'weights' is a live model's and cannot be saved | `moeprune prune`"),
+        (["--pruners=[leap]"], "no pruner 'leap'; did you mean | 'laep'"),
+        (["--gate=sum"], "gate: expected 'weight' or 'topk' or 'softmax', got 'sum'"),
+        (["--every=0"], "every must be at least 1, got 0"),
+        (["--calibration_batches=0"], "calibration_batches must be at least 1, got 0"),
+        (["--batch_size=0"], "batch_size must be at least 1, got 0"),
+        (["--data=absent"], "no data folder absent"),
+        (["--output=full"], "full exists and is not empty | --output"),
+        (["--output=full", "--overwrite"], "full holds something else than evidence (file); choose another --output"),
+        (["--output=full/file"], "full/file is a file; choose another --output"),
+        (["--modle=x"], "no option --modle; did you mean --model?"),
+    ],
+    ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
+)
+def test_calibrate(refused: Refused, store: Path, tmp_path: Path, arguments: list[str], words: str) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    words_in(refused("calibrate", f"--model={store / 'ok.ckpt'}", "--output=out", *arguments), words)
 
 
 def test_a_full_disk_leaves_nothing_behind(
@@ -349,8 +402,9 @@ def test_a_full_disk_leaves_nothing_behind(
     monkeypatch.setattr(files.os, "fsync", full)
     sentence = refused("plan", f"--counts={counts}", "--pruner=laep", "--output=plan.json")
     words_in(sentence, "cannot write plan.json | No space left on device | free space")
-    sentence = refused("prune", f"--model={store / 'ok.ckpt'}", "--pruner=random", "--output=out")
-    words_in(sentence, "cannot write | No space left on device | free space")
+    for command in ("prune --pruner=random", "calibrate --statistics=[w2]"):
+        sentence = refused(*command.split(), f"--model={store / 'ok.ckpt'}", "--output=out")
+        words_in(sentence, "cannot write | No space left on device | free space")
 
 
 STABLE = "--pruning.trigger=stable"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training import PRUNE, assert_same_state, fit, recipe  # noqa: F401  (a fixture)
+from test_training import BIAS, GRADUAL, PRUNE, assert_same_state, fit, recipe  # noqa: F401  (a fixture)
 
 from moeprune import checkpoints
 from moeprune.files import read_rows
@@ -62,6 +62,29 @@ def test_equals_one_process(recipe: Path, two: Path, tmp_path: Path) -> None:  #
     ]  # counts are summed over ranks
     assert len(read_rows(two / "history.jsonl")) == 20
     assert len(read_rows(two / "events.jsonl")) == 1
+    losses = [read_rows(folder / "validation.jsonl") for folder in (tmp_path / "one", two)]
+    assert len(losses[0]) == 2
+    for row, expected in zip(*losses, strict=True):  # a domain is one batch here, so each rank evaluates one of the two
+        assert row == pytest.approx(expected, abs=1e-5)
+        assert abs(row["val_loss/sky"] - row["val_loss/code"]) > 1e-3
+
+
+def test_balancers_over_all_ranks_equal_one_process(recipe: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Counts of both ranks in f and in the bias, nothing counted twice, equal decisions at two prunes."""
+    options = ["--pruning.pruner=laep", "--pruning.pruner.beta=0.3", BIAS, "--trainer.max_steps=10"]
+    options += [*GRADUAL[:1], "--pruning.trigger.start=3", "--pruning.trigger.end=6", "--pruning.trigger.prunes=2"]
+    options += ["--model.balancers+=global_batch", "--model.balancers.coefficient=1"]
+    options += ["--model.balancers+=loss_free", "--model.balancers.u=0.01", "--pruning.window=2"]
+    where = ["fit", f"--config={recipe}", f"--trainer.default_root_dir={tmp_path / 'two'}"]
+    done = run([*where, *options, *DDP])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert fit(recipe, tmp_path / "one", *options) == 0
+    one, both = (checkpoints.read(tmp_path / name / "last.ckpt") for name in ("one", "two"))
+    assert one.expert_ids == both.expert_ids
+    for name, value in one.state.items():
+        torch.testing.assert_close(both.state[name], value, rtol=0, atol=1e-5)
+    loads = [[row["loads"] for row in read_rows(tmp_path / name / "loads.jsonl")] for name in ("one", "two")]
+    assert loads[0] == loads[1]
 
 
 @pytest.mark.parametrize("step", [10, 13])

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 import moeprune
 from moeprune.errors import UserError
+from moeprune.model.attention import LocalFilter, LocalizedFilteringAttention
 from moeprune.model.config import MoEConfig
 from moeprune.model.transformer import MoETransformer
 from moeprune.pruning.evidence import Evidence
@@ -129,8 +133,6 @@ def test_single_expert_layer() -> None:
 
 
 def test_grouped_query_attention_equals_repeated_heads() -> None:
-    from dataclasses import replace
-
     grouped = MoETransformer(replace(CONFIG, d_model=32, n_heads=4, n_kv_heads=2))
     full = MoETransformer(replace(CONFIG, d_model=32, n_heads=4))
     state = grouped.state_dict()
@@ -142,12 +144,89 @@ def test_grouped_query_attention_equals_repeated_heads() -> None:
         torch.testing.assert_close(full(tokens()), grouped(tokens()), rtol=0, atol=1e-5)
 
 
-def test_causal() -> None:
-    whole, x = model(), tokens()
-    changed = x.clone()
-    changed[:, 10:] = (changed[:, 10:] + 1) % 61
+@pytest.mark.parametrize("attention", ["standard", "lfa"])
+def test_causal(attention: str) -> None:
+    whole, x = model(config=replace(CONFIG, attention=attention)), tokens()
     with torch.no_grad():
-        torch.testing.assert_close(whole(x)[:, :10], whole(changed)[:, :10], rtol=0, atol=1e-6)
+        for layer in whole.modules():
+            if isinstance(layer, LocalFilter):  # not a whisper beside the residual
+                for parameter in layer.parameters():
+                    parameter.normal_(std=0.5)
+        before = whole(x)
+        for t in range(16):
+            changed = x.clone()
+            changed[:, t] = (changed[:, t] + 1) % 61
+            after = whole(changed)
+            torch.testing.assert_close(after[:, :t], before[:, :t], rtol=0, atol=1e-6)
+            assert (after[:, t:] - before[:, t:]).abs().amax((0, 2)).min() > 1e-4
+
+
+@pytest.mark.parametrize(("S", "D"), [(1, 2), (2, 6), (9, 4)])
+def test_local_filter_is_two_causal_convolutions(S: int, D: int) -> None:
+    made = LocalFilter(D, 1e-6).double()
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(3, S, D, dtype=torch.float64)
+    inner = torch.zeros(3, S + 1, D // 2, dtype=torch.float64)  # one zero in front
+    padded = torch.cat([torch.zeros(3, 1, D, dtype=torch.float64), x], 1)
+    outer = torch.zeros(3, S, D, dtype=torch.float64)
+    for t in range(S):
+        inner[:, t + 1] = (
+            padded[:, t] @ made.narrow.weight[:, :D].T
+            + padded[:, t + 1] @ made.narrow.weight[:, D:].T
+            + made.narrow.bias
+        ).detach()
+        outer[:, t] = (
+            inner[:, t] @ made.widen.weight[:, : D // 2].T
+            + inner[:, t + 1] @ made.widen.weight[:, D // 2 :].T
+            + made.widen.bias
+        ).detach()
+    expected = x + outer
+    expected = expected / (expected.square().mean(-1, keepdim=True) + 1e-6).sqrt() * made.norm.weight
+    torch.testing.assert_close(made(x), expected)
+    for layer, size in ((made.narrow, D), (made.widen, D // 2)):  # the same as torch's own convolution
+        kernel = torch.stack([layer.weight[:, :size], layer.weight[:, size:]], -1)
+        y = torch.randn(3, S, size, dtype=torch.float64)
+        shifted = torch.cat([torch.zeros_like(y[:, :1]), y[:, :-1]], 1)
+        torch.testing.assert_close(
+            layer(torch.cat([shifted, y], -1)),
+            F.conv1d(F.pad(y.mT, (1, 0)), kernel, layer.bias).mT,
+        )
+
+
+def test_lfa_filters_queries_and_keys_and_not_values() -> None:
+    """Standard attention on the filtered input, with values taken from the plain one."""
+    config = replace(CONFIG, d_model=32, n_heads=4, n_kv_heads=2, attention="lfa")
+    lfa = LocalizedFilteringAttention(config)
+    x = torch.randn(2, 5, 32)
+    filtered, plain = lfa.qkv(lfa.filter(x)), lfa.qkv(x)
+    torch.testing.assert_close(lfa.project(x)[..., :48], filtered[..., :48])
+    torch.testing.assert_close(lfa.project(x)[..., 48:], plain[..., 48:])
+    whole = MoETransformer(config)
+    logits = whole(tokens())
+    logits.square().mean().backward()
+    assert logits.isfinite().all()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in whole.blocks[0].attention.parameters())
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        mixed = whole(tokens()).float()
+    assert (mixed - logits).norm() / logits.norm() < 0.05
+
+
+def test_standard_attention_is_the_default_and_has_no_filter() -> None:
+    """Checkpoints from before there was a choice load as they are."""
+    old = CONFIG.to_dict()
+    del old["attention"]
+    assert MoEConfig.from_dict(old) == CONFIG
+    names = {name.partition(".attention.")[2] for name in model().state_dict() if ".attention." in name}
+    assert names == {"qkv.weight", "out.weight"}
+
+
+def test_expert_tensors_are_tensors() -> None:
+    for options in ({}, {"selection_bias": True}):
+        layer = model(config=replace(CONFIG, router_options=options)).moe_layers[0]
+        found = {name: getattr(owner, name) for owner, name, _ in layer.expert_tensors()}
+        assert ("selection_bias" in found) == bool(options)
+        assert all(tensor.shape[0] == 7 for tensor in found.values())
 
 
 @pytest.mark.parametrize(
@@ -158,11 +237,11 @@ def test_causal() -> None:
         ("n_experts", 0, "n_experts"),
         ("router", "softmx", "softmax"),
         ("n_kv_heads", 3, "n_kv_heads=3"),
+        ("attention", "lfs", "no attention 'lfs'; did you mean 'lfa'.*known: standard, lfa"),
+        ("attention", None, "no attention 'None'"),
     ],
 )
 def test_bad_config(field: str, value: object, words: str) -> None:
-    from dataclasses import replace
-
     with pytest.raises(UserError, match=words):
         MoETransformer(replace(CONFIG, **{field: value}))
 

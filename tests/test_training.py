@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -19,6 +20,11 @@ import yaml
 from moeprune import Evidence, checkpoints, create
 from moeprune.cli import main
 from moeprune.files import read_rows
+from moeprune.model import transformer
+from moeprune.pruning.trigger import Progress, Trigger
+from moeprune.training.callbacks import LastCheckpoint
+from moeprune.training.module import MoELanguageModel
+from moeprune_plugins.balancers.global_batch import GlobalBatch
 
 RECIPE: dict[str, Any] = {
     "seed_everything": 0,
@@ -41,6 +47,13 @@ RECIPE: dict[str, Any] = {
         "val_check_interval": 10,
     },
 }
+BIAS = "--model.config.router_options.selection_bias=true"
+GRADUAL = [
+    "--pruning.trigger=gradual",
+    "--pruning.trigger.start=5",
+    "--pruning.trigger.end=15",
+    "--pruning.trigger.prunes=3",
+]
 PRUNE = ["--pruning.pruner=laep", "--pruning.pruner.beta=0.3", "--pruning.trigger=at_step", "--pruning.trigger.step=10"]
 
 
@@ -348,3 +361,253 @@ def test_prune_command(recipe: Path, straight: Path, tmp_path: Path, capsys: pyt
     assert main(["prune", f"--model={out}", "--pruner=laep", f"--output={out}"]) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert main(["evaluate", f"--model={out}", "--suite=offlin"]) == 2
+
+
+class Killed(BaseException):
+    """Ends a run in this process as a kill would: nothing more is saved."""
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, recipe: Path, folder: Path, step: int, *options: str) -> None:
+    """Run until the end of `step`, its checkpoint included, but not what Lightning does after that."""
+    save = LastCheckpoint.on_train_batch_end
+
+    def hook(self: LastCheckpoint, trainer: Any, *args: Any) -> None:
+        save(self, trainer, *args)
+        if trainer.global_step == step:
+            raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LastCheckpoint, "on_train_batch_end", hook)
+        with pytest.raises(Killed):
+            fit(recipe, folder, *options)
+    torch.manual_seed(123)  # the resumed run begins with other random numbers
+    np.random.seed(123)
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """The same bits at the end, the same losses and loads on the way, the same prunes."""
+    assert_same_state(a / "last.ckpt", b / "last.ckpt")
+    for name, keys in (
+        ("history", ["step", "loss"]),
+        ("loads", ["step", "loads"]),
+        ("events", ["step", "reason", "plan"]),
+    ):
+        ours, theirs = read_rows(a / f"{name}.jsonl"), read_rows(b / f"{name}.jsonl")
+        assert [[row[key] for key in keys] for row in ours] == [[row[key] for key in keys] for row in theirs], name
+
+
+def kept(folder: Path) -> list[list[int]]:
+    """Experts per layer after each prune."""
+    return [event["plan"]["num_experts_per_layer"] for event in read_rows(folder / "events.jsonl")]
+
+
+LAEP_BIASED = ["--pruning.pruner=laep", "--pruning.pruner.beta=0.3", BIAS, "--model.balancers+=loss_free"]
+
+
+@pytest.fixture(scope="module")
+def gradual(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prunes with LAEP at steps 5, 10 and 15, with a bias on the choice that moves after every step."""
+    folder = tmp_path_factory.mktemp("runs") / "gradual"
+    assert fit(recipe, folder, *LAEP_BIASED, *GRADUAL) == 0
+    return folder
+
+
+def test_gradual_laep_reaches_what_it_wanted_at_first(recipe: Path, gradual: Path, tmp_path: Path) -> None:
+    """Its last numbers are those of a single prune at the first step; those between are on the cubic way there."""
+    once = ["--pruning.trigger=at_step", "--pruning.trigger.step=5", "--trainer.max_steps=5", "--model.decay=0"]
+    assert fit(recipe, tmp_path / "once", *LAEP_BIASED, *once) == 0
+    (target,) = kept(tmp_path / "once")
+    shares = [1 - (2 / 3) ** 3, 1 - (1 / 3) ** 3, 1]
+    assert kept(gradual) == [[round(8 - share * (8 - n)) for n in target] for share in shares]
+    assert len({tuple(numbers) for numbers in kept(gradual)}) > 1
+    events = read_rows(gradual / "events.jsonl")
+    assert [event["step"] for event in events] == [5, 10, 15]
+    assert [event["reason"][:12] for event in events] == ["prune 1 of 3", "prune 2 of 3", "prune 3 of 3"]
+    for event, later in itertools.pairwise(events):
+        assert event["plan"]["kept"] == later["plan"]["before"]
+    saved = checkpoints.read(gradual / "last.ckpt")
+    assert saved.expert_ids == events[-1]["plan"]["kept"]
+    assert len(saved.plans) == 3
+
+
+def test_gradual_with_a_ratio(recipe: Path, tmp_path: Path) -> None:
+    options = ["--pruning.pruner=taylor", "--pruning.pruner.ratio=0.75", *GRADUAL, "--pruning.trigger.schedule=linear"]
+    assert fit(recipe, tmp_path / "linear", *options) == 0
+    assert kept(tmp_path / "linear") == [[6, 6], [4, 4], [2, 2]]
+    options += ["--pruning.constraints.multiple_of=4", "--pruning.pruner.ratio=0.5"]
+    assert fit(recipe, tmp_path / "multiples", *options) == 0
+    assert kept(tmp_path / "multiples") == [[8, 8], [8, 8], [4, 4]]  # 6.7 and 5.3, raised to multiples; 4
+
+
+def test_gradual_killed_between_prunes_is_bit_identical(recipe: Path, gradual: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "killed"
+    kill_at(recipe, folder, 12, "before", *LAEP_BIASED, *GRADUAL)
+    assert checkpoints.read(folder / "last.ckpt").step == 10
+    assert fit(recipe, folder, *LAEP_BIASED, *GRADUAL, f"--ckpt_path={folder / 'last.ckpt'}") == 0
+    assert_same_run(folder, gradual)
+
+
+@pytest.mark.parametrize("step", [9, 15])
+def test_gradual_interrupted_is_bit_identical(
+    recipe: Path, gradual: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """In an unfinished window between prunes, and at the very step of one."""
+    folder = tmp_path / "interrupted"
+    interrupt_at(monkeypatch, recipe, folder, step, *LAEP_BIASED, *GRADUAL)
+    assert fit(recipe, folder, *LAEP_BIASED, *GRADUAL, f"--ckpt_path={folder / 'last.ckpt'}") == 0
+    assert_same_run(folder, gradual)
+
+
+def test_selection_bias_follows_the_survivors(gradual: Path) -> None:
+    """Cut with the experts, moved by steps of at most u less their mean."""
+    saved = checkpoints.read(gradual / "last.ckpt")
+    for index, ids in enumerate(saved.expert_ids):
+        bias = saved.state[f"blocks.{index}.moe.router.selection_bias"]
+        assert bias.shape == (len(ids),)
+        assert 0 < bias.abs().max() <= 2e-3 * 20
+
+
+class Due(Trigger):
+    """Twice, as soon as it may from step 5 on."""
+
+    def fires(self, progress: Progress) -> str | None:
+        return "due" if progress.step >= 5 and progress.prunes < 2 else None
+
+
+def test_a_step_prunes_once_whole_or_resumed(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--pruning.pruner=random", "--pruning.pruner.ratio=0.25", f"--pruning.trigger={__name__}.Due"]
+    assert fit(recipe, tmp_path / "whole", *options) == 0
+    assert [event["step"] for event in read_rows(tmp_path / "whole" / "events.jsonl")] == [5, 6]
+    interrupt_at(monkeypatch, recipe, tmp_path / "resumed", 5, *options)
+    assert fit(recipe, tmp_path / "resumed", *options, f"--ckpt_path={tmp_path / 'resumed' / 'last.ckpt'}") == 0
+    assert_same_run(tmp_path / "resumed", tmp_path / "whole")
+
+
+def test_metric_of_a_validation_that_a_kill_swallowed(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The validation of step 10, which decides at step 11, comes after its checkpoint: a resumed run makes up for it."""
+    assert fit(recipe, tmp_path / "plain", "--trainer.val_check_interval=5") == 0
+    losses = {row["step"]: row["val_loss"] for row in read_rows(tmp_path / "plain" / "validation.jsonl")}
+    bound = (losses[5] + losses[10]) / 2
+    assert losses[10] < bound < losses[5]
+    options = [*PRUNE[:2], "--trainer.val_check_interval=5", "--pruning.trigger=metric"]
+    options += ["--pruning.trigger.name=val_loss", f"--pruning.trigger.below={bound}"]
+    assert fit(recipe, tmp_path / "whole", *options) == 0
+    (event,) = read_rows(tmp_path / "whole" / "events.jsonl")
+    assert event["step"] == 11
+    assert event["reason"] == f"val_loss {losses[10]:.4g} is below {bound:g}"
+    interrupt_at(monkeypatch, recipe, tmp_path / "resumed", 10, *options)
+    assert fit(recipe, tmp_path / "resumed", *options, f"--ckpt_path={tmp_path / 'resumed' / 'last.ckpt'}") == 0
+    assert_same_run(tmp_path / "resumed", tmp_path / "whole")
+
+
+def test_metric_of_the_loads_in_a_run(recipe: Path, straight: Path, tmp_path: Path) -> None:
+    """Fires at the end of the first window after the warm-up whose inequality is above the bound."""
+    rows = read_rows(straight / "loads.jsonl")[:2]
+    means = [np.mean([layer["gini"] for layer in row["metrics"]]) for row in rows]
+    options = [*PRUNE[:2], "--pruning.trigger=metric", "--pruning.trigger.name=gini"]
+    bound = f"--pruning.trigger.above={min(means) - 0.01}"
+    assert fit(recipe, tmp_path / "run", *options, bound) == 0
+    assert [event["step"] for event in read_rows(tmp_path / "run" / "events.jsonl")] == [8]  # 0 to 4 is warm-up in part
+
+
+def test_at_tokens_in_a_run(recipe: Path, tmp_path: Path) -> None:
+    """64 tokens a step."""
+    options = [*PRUNE[:2], "--pruning.trigger=at_tokens", "--pruning.trigger.tokens=400", "--trainer.max_steps=8"]
+    assert fit(recipe, tmp_path / "run", *options) == 0
+    assert [event["step"] for event in read_rows(tmp_path / "run" / "events.jsonl")] == [7]
+
+
+BALANCERS = ["switch", "global_batch", "sequence_wise", "loss_free", "z_loss", "simbal"]
+
+
+@pytest.mark.parametrize("router", ["softmax", "sigmoid"])
+def test_every_balancer_trains_through_a_prune(recipe: Path, tmp_path: Path, router: str) -> None:
+    """All at once, on layers that LAEP has made unequal."""
+    options = [f"--model.balancers+={name}" for name in BALANCERS]
+    options += [f"--model.config.router={router}", *([BIAS] if router == "softmax" else [])]
+    assert fit(recipe, tmp_path / "run", *options, *PRUNE, "--pruning.pruner.beta=[0.1,0.5]") == 0
+    history = read_rows(tmp_path / "run" / "history.jsonl")
+    assert history[-1]["loss"] < history[0]["loss"]
+    ((first, second),) = kept(tmp_path / "run")
+    assert second < first
+
+
+@pytest.mark.parametrize("name", ["switch", "global_batch", "sequence_wise", "z_loss", "simbal"])
+def test_balancing_loss_is_lower_for_it_and_logged(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Lower under a heavy coefficient than under 0, which logs it and changes nothing."""
+    seen: list[float] = []
+    log = MoELanguageModel.log
+
+    def spy(self: Any, *args: Any, **kwargs: Any) -> None:
+        seen.extend(float(args[1]) for key in args[:1] if key == f"balance/{name}")
+        log(self, *args, **kwargs)
+
+    monkeypatch.setattr(MoELanguageModel, "log", spy)
+    short = ["--trainer.max_steps=12", "--model.decay=0"]
+    heavy = [f"--model.balancers+={name}", "--model.balancers.coefficient=10"]
+    assert fit(recipe, tmp_path / "heavy", *short, *heavy) == 0
+    assert len(seen) == 12
+    assert fit(recipe, tmp_path / "none", *short) == 0
+    assert fit(recipe, tmp_path / "zero", *short, heavy[0], "--model.balancers.coefficient=0") == 0
+    assert len(seen) == 24
+    assert np.mean(seen[9:12]) < np.mean(seen[21:])
+    assert_same_state(tmp_path / "zero" / "last.ckpt", tmp_path / "none" / "last.ckpt")
+
+
+def test_loss_free_is_refused_before_the_first_step(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit(recipe, tmp_path / "refused", "--model.balancers+=loss_free") == 2
+    assert "with selection_bias: true" in capsys.readouterr().err
+    assert read_rows(tmp_path / "refused" / "history.jsonl") == []
+
+
+ALL_BALANCERS = [BIAS, *(f"--model.balancers+={name}" for name in BALANCERS)]
+
+
+def test_activation_checkpointing_counts_nothing_twice(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    real = transformer.checkpoint
+    monkeypatch.setattr(transformer, "checkpoint", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
+    options = [*ALL_BALANCERS, *PRUNE]
+    assert fit(recipe, tmp_path / "without", *options) == 0
+    assert not calls
+    assert fit(recipe, tmp_path / "with", *options, "--model.activation_checkpointing=true") == 0
+    assert len(calls) == 2 * 20  # each block of each step, and neither validation nor calibration
+    ours, theirs = (read_rows(tmp_path / name / "history.jsonl") for name in ("with", "without"))
+    assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in theirs], abs=1e-6)
+    ours, theirs = (read_rows(tmp_path / name / "loads.jsonl") for name in ("with", "without"))
+    assert [row["loads"] for row in ours] == [row["loads"] for row in theirs]
+    one, other = (checkpoints.read(tmp_path / name / "last.ckpt") for name in ("with", "without"))
+    for name, value in one.state.items():
+        torch.testing.assert_close(value, other.state[name], rtol=0, atol=1e-6)
+
+
+def test_balancers_get_the_counts_of_all_micro_batches(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After each step the counts of both, those that the load windows saw; and global_batch weighs with them."""
+    given, weighed = [], []
+    after = GlobalBatch.after_step
+
+    def spy_after(self: GlobalBatch, routers: Any, counts: Any) -> None:
+        given.append([count.tolist() for count in counts])
+        weighed.append([self._so_far[router].tolist() for router in routers])
+        after(self, routers, counts)
+        assert not self._so_far
+
+    monkeypatch.setattr(GlobalBatch, "after_step", spy_after)
+    options = ["--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=16", "--pruning.window=1"]
+    options += [*PRUNE[:3], "--pruning.trigger.step=4", "--trainer.max_steps=8"]
+    assert fit(recipe, tmp_path / "run", *options, *ALL_BALANCERS) == 0
+    loads = [row["loads"] for row in read_rows(tmp_path / "run" / "loads.jsonl")]
+    assert len(loads) == 8
+    assert sum(loads[0][0]) == 2 * 2 * 4 * 16  # top-2 of 2 batches of 4 sequences
+    assert len(loads[-1][0]) < 8  # pruned in between
+    assert given == weighed == loads

@@ -27,7 +27,11 @@ COMMANDS = {
     "test": ("moeprune.training.cli", "loss by domain on the test split"),
     "predict": ("moeprune.training.cli", "log-probabilities of the test split's tokens"),
     "prune": ("moeprune.commands.prune", "prune a checkpoint once and write it"),
-    "plan": ("moeprune.commands.plan", "plan from recorded loads alone; no model needed"),
+    "calibrate": ("moeprune.commands.calibrate", "measure a model once and save the evidence, for any number of plans"),
+    "plan": (
+        "moeprune.commands.plan",
+        "plan from recorded loads or saved evidence, or compare many plans; no model needed",
+    ),
     "evaluate": ("moeprune.commands.evaluate", "score a model with a suite of lm-eval tasks"),
     "compare": ("moeprune.commands.compare", "train, prune and score many variants; one table, plots, a report"),
     "plugins": ("moeprune.commands.plugins", "list what is registered, and from which distribution"),

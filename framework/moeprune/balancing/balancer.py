@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from moeprune.errors import UserError
@@ -13,7 +14,9 @@ from moeprune.pruning.pruner import _Described
 
 
 class Balancer(_Described, ABC):
-    """A term added to the training loss: coefficient * mean over layers of `loss(routing)`.
+    """A term added to the training loss: coefficient * mean over layers of `loss(routing, router)`.
+
+    With coefficient 0 the loss is computed without gradients, for the log alone.
 
     Args:
         coefficient: weight of the term, >= 0.
@@ -41,3 +44,10 @@ class Balancer(_Described, ABC):
             routers: of all layers.
             counts: per layer [E] int64 tokens routed to each expert in this step, over all ranks and micro-batches.
         """
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """`values` summed over all ranks, in place; the same numbers on every rank. All ranks call it, in the same order."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(values)
+    return values

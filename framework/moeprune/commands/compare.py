@@ -13,7 +13,7 @@ from rich.console import Console
 from moeprune import registry
 from moeprune.compare import runner
 from moeprune.compare.gather import gather
-from moeprune.compare.spec import Comparison, Variant
+from moeprune.compare.spec import Comparison, Sweep, Variant
 from moeprune.errors import UserError
 from moeprune.files import locked, read_json, write_text
 
@@ -24,7 +24,9 @@ def command(
     variants: dict[str, Any],
     reference: str,
     trunk: dict[str, Any] | None = None,
-    suite: str = "offline",
+    sweep: Sweep | None = None,
+    train_on: bool = True,
+    suite: str | None = "offline",
     limit: int | None = None,
     output: Path | None = None,
     workers: int | None = None,
@@ -39,10 +41,13 @@ def command(
     Args:
         name: of the comparison.
         recipe: training recipe of every run, relative to the file it is written in.
-        variants: by name: label, start (trunk, scratch, untrained), config (the lines of the recipe it changes), drift.
+        variants: by name: label, start (trunk, scratch, untrained), config (the lines of the recipe it changes), drift; for
+            plots and rankings also strategy, family and budget.
         reference: the variant that the others are compared with.
         trunk: lines of the recipe that the trunk changes: the trigger that ends it.
-        suite: short name of the suite that scores every variant.
+        sweep: further variants, several pruners at several ratios.
+        train_on: whether variants go on training after the trunk; without, they prune there, which is measured at once, and end.
+        suite: short name of the suite that scores every variant; null for none, which it has to be without training on.
         limit: documents per task; all by default.
         output: folder; default: runs/<name>.
         workers: runs at a time; default: one per core.
@@ -53,9 +58,13 @@ def command(
     from moeprune.training.cli import lineage
 
     began = time.time()
-    registry.lookup("suite", suite)
+    if suite is not None:
+        registry.lookup("suite", suite)
+        if not train_on:
+            raise UserError(f"suite {suite!r} scores models that were trained on; with train_on: false set suite: null")
     if limit is not None and limit < 1:
         raise UserError(f"limit must be at least 1, got {limit}")
+    variants = _with_sweep(variants, Sweep(**sweep) if isinstance(sweep, dict) else sweep)
     workers = min(runner.cores(), max(1, len(variants))) if workers is None else workers
     if workers < 1:
         raise UserError(f"workers must be at least 1, got {workers}")
@@ -68,6 +77,7 @@ def command(
         suite,
         limit,
         options or [],
+        train_on,
     )
     _check_names(comparison)
     folder = output or Path("runs") / name
@@ -80,7 +90,7 @@ def command(
             f"comparing {len(variants)} variants of {recipe}, {workers} at a time; logs in {folder}/<variant>/log.txt"
         )
         failed = runner.run(comparison, folder, workers, console)
-        trained = [n for n, v in comparison.variants.items() if n not in failed and v.start != "untrained"]
+        trained = [n for n, v in comparison.variants.items() if n not in failed and v.start != "untrained" and train_on]
         speeds = runner.measure_speed(comparison, folder, trained)
         if trained and not speeds:
             console.print(
@@ -105,6 +115,23 @@ def command(
 
 
 command.plain = True  # type: ignore[attr-defined]
+
+
+def _with_sweep(variants: dict[str, Any], sweep: Sweep | None) -> dict[str, Any]:
+    """The variants, then those of the sweep.
+
+    Raises:
+        UserError: an unknown pruner, one without a ratio, or a name that a variant has already.
+    """
+    if sweep is None:
+        return variants
+    for names in sweep.families.values():
+        for name in names:
+            registry.create("pruner", name, ratio=sweep.ratios[0])
+    made = sweep.variants()
+    if taken := sorted(made.keys() & variants.keys()):
+        raise UserError(f"the sweep makes a variant {taken[0]!r}, and there is one already; give it another name")
+    return {**variants, **made}
 
 
 def _check_names(comparison: Comparison) -> None:

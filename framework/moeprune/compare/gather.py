@@ -42,8 +42,11 @@ def gather(
     }
     reference = done.get(comparison.reference)
     drifts = _drifts(comparison, done, reference)
-    suite = registry.create("suite", comparison.suite)
-    families = {family: list(tasks) for family, tasks in suite.families().items()}
+    families = {}
+    if comparison.suite is not None:
+        suite = registry.create("suite", comparison.suite)
+        families = {family: list(tasks) for family, tasks in suite.families().items()}
+    lowest = _lowest(comparison, folder, list(done)) if not comparison.train_on else {}
     variants = []
     for name, variant in comparison.variants.items():
         row: dict[str, Any] = {
@@ -53,10 +56,19 @@ def gather(
             "error": failed.get(name),
             "start": variant.start,
             "drift": variant.drift,
+            "strategy": variant.strategy,
+            "family": variant.family,
+            "budget": variant.budget,
         }
         if name in done:
-            other = None if name == comparison.reference or reference is None else reference
+            other = None if name == comparison.reference or reference is None or not comparison.train_on else reference
             row |= _row(comparison, folder, name, done[name], other, drifts, families)
+            best = lowest.get(variant.budget)
+            row["vs_lowest"] = (
+                _paired(done[name]["val_loss"], done[best]["val_loss"])
+                if best and row["jump"] and best != name
+                else None
+            )
             row["speed"] = speeds.get(name)
         variants.append(row)
     first = next(
@@ -92,6 +104,7 @@ def gather(
         "reference": comparison.reference,
         "suite": comparison.suite,
         "limit": comparison.limit,
+        "train_on": comparison.train_on,
         "families": families,
         "trunk": _trunk(comparison, folder),
         "variants": variants,
@@ -108,8 +121,17 @@ def _row(
     families: dict[str, list[str]],
 ) -> dict[str, Any]:
     place = job_folder(folder, name)
-    event = next((row for row in reversed(read_rows(place / "events.jsonl")) if "plan" in row), None)
-    before, after = (event["val_loss"]["before"], event["val_loss"]["after"]) if event else (None, None)
+    events = _prunes(place)
+    prunes = [
+        {
+            "step": event["step"],
+            "reason": event["reason"],
+            "experts_kept": event["plan"]["num_experts_per_layer"],
+            "removed_load": event["plan"]["removed_load"],
+            "jump": _jump([event]),
+        }
+        for event in events
+    ]
     config = comparison.variants[name].config
     scores = {}
     for task, score in result["scores"].items():
@@ -120,7 +142,7 @@ def _row(
             else None
         }
     return {
-        "pruner": _described(event["plan"]["provenance"].get("pruner")) if event else None,
+        "pruner": _described(events[-1]["plan"]["provenance"].get("pruner")) if events else None,
         "balancers": [
             b if isinstance(b, str) else b["class_path"] for b in config.get("model", {}).get("balancers", [])
         ],
@@ -128,15 +150,16 @@ def _row(
         "parameters_kept": result["parameters"] / result["unpruned_parameters"],
         "active_parameters": result["active_parameters"],
         "experts_kept": result["experts_kept"],
-        "removed_load": event["plan"]["removed_load"] if event else [],
+        "removed_load": prunes[0]["removed_load"] if len(prunes) == 1 else [],
         "plan": f"{name}/{result['plan']}" if result["plan"] else None,
-        "config": f"{name}/config.yaml" if (place / "config.yaml").exists() else None,
+        "config": next((f"{name}/{file}" for file in ("config.yaml", "variant.yaml") if (place / file).exists()), None),
         "val_loss": {
-            "before": _loss(before) if before else None,
-            "after": _loss(after) if after else None,
+            "before": _loss(events[0]["val_loss"]["before"]) if events else None,
+            "after": _loss(events[-1]["val_loss"]["after"]) if events else None,
             "end": _loss(result["val_loss"]),
         },
-        "jump": _paired(after, before) if before and after else None,
+        "prunes": prunes,
+        "jump": _jump(events) if events else None,
         "vs_reference": _paired(result["val_loss"], reference["val_loss"], drifts.get("val_loss", ()))
         if reference
         else None,
@@ -148,6 +171,33 @@ def _row(
             family: _family(tasks, result, reference, drifts.get(family, ())) for family, tasks in families.items()
         },
     }
+
+
+def _prunes(place: Path) -> list[dict[str, Any]]:
+    """What happened at each prune of a run, in order."""
+    return [row for row in read_rows(place / "events.jsonl") if "plan" in row]
+
+
+def _jump(events: list[dict[str, Any]]) -> dict[str, Any]:
+    """Losses just after minus just before; over several prunes the sum, without what training between them gained."""
+    after, before = (_summed([event["val_loss"][when] for event in events]) for when in ("after", "before"))
+    return _paired(after, before)
+
+
+def _summed(losses: list[Losses]) -> Losses:
+    return {
+        domain: [sum(values) for values in zip(*(each[domain] for each in losses), strict=True)] for domain in losses[0]
+    }
+
+
+def _lowest(comparison: Comparison, folder: Path, done: list[str]) -> dict[str, str]:
+    """Budget -> the variant whose loss jumps least."""
+    jumps: dict[str, dict[str, float]] = {}
+    for name in done:
+        budget, events = comparison.variants[name].budget, _prunes(job_folder(folder, name))
+        if budget and events:
+            jumps.setdefault(budget, {})[name] = _jump(events)["value"]
+    return {budget: min(found, key=lambda name: found[name]) for budget, found in jumps.items()}
 
 
 def _drifts(comparison: Comparison, done: dict[str, Any], reference: dict[str, Any] | None) -> dict[str, list[float]]:

@@ -1,4 +1,7 @@
-"""One run of a comparison, in a process of its own: train (or go on training), then score, then write result.json."""
+"""One run of a comparison, in a process of its own: train (or go on training), then score, then write result.json.
+
+With `train_on: false` a run prunes and measures instead: see prunes.py.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,14 @@ import os
 import sys
 import tempfile
 import traceback
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 from moeprune.compare.spec import Comparison, job_folder
 from moeprune.errors import UserError
 from moeprune.files import locked, read_rows, write_text
+from moeprune.pruning.plan import PrunePlan
 
 TRUNK = "trunk"
 
@@ -42,6 +47,7 @@ def main(comparison: Comparison, folder: Path, name: str, threads: int) -> None:
 def run(comparison: Comparison, folder: Path, name: str) -> None:
     """Train and score. Continues where an earlier call stopped."""
     from moeprune import checkpoints
+    from moeprune.compare import prunes
 
     place = job_folder(folder, name)
     if name == TRUNK:
@@ -51,7 +57,12 @@ def run(comparison: Comparison, folder: Path, name: str) -> None:
             raise UserError(
                 "the trunk's trigger never fired; give the trunk a trigger with a deadline, or train longer"
             )
+        if not comparison.train_on:
+            prunes.measure(comparison, folder)
         write_text(place / "result.json", json.dumps({"step": checkpoints.read(place / "trunk.ckpt").step}))
+        return
+    if not comparison.train_on:
+        write_text(place / "result.json", json.dumps(prunes.prune(comparison, folder, name)))
         return
     variant = comparison.variants[name]
     if variant.start == "untrained":
@@ -69,7 +80,7 @@ def run(comparison: Comparison, folder: Path, name: str) -> None:
     write_text(place / "result.json", json.dumps(_measure(comparison, folder, name, checkpoint)))
 
 
-def _arguments(comparison: Comparison, folder: Path, place: Path, config: dict[str, Any]) -> list[str]:
+def arguments(comparison: Comparison, folder: Path, place: Path, config: dict[str, Any]) -> list[str]:
     """Arguments of the training command line for a run in `place` that changes `config`."""
     import yaml
 
@@ -95,7 +106,7 @@ def _fit(comparison: Comparison, folder: Path, name: str, config: dict[str, Any]
         for rows in place.glob("*.jsonl"):
             rows.unlink()
     resume = [] if start is None else [f"--ckpt_path={start}"]
-    cli.run(["fit", *_arguments(comparison, folder, place, config), *resume])
+    cli.run(["fit", *arguments(comparison, folder, place, config), *resume])
 
 
 def built(comparison: Comparison, folder: Path, name: str) -> Any:
@@ -105,7 +116,7 @@ def built(comparison: Comparison, folder: Path, name: str) -> Any:
     config = dict(comparison.variants[name].config)
     config.pop("pruning", None)  # not needed, and its trigger is not known here
     with tempfile.TemporaryDirectory() as scratch:
-        return cli.run(_arguments(comparison, folder, Path(scratch), config), execute=False)
+        return cli.run(arguments(comparison, folder, Path(scratch), config), execute=False)
 
 
 def _untrained(cli: Any) -> Any:
@@ -122,39 +133,56 @@ def _untrained(cli: Any) -> Any:
 def _measure(comparison: Comparison, folder: Path, name: str, checkpoint: Any) -> dict[str, Any]:
     """Everything about the finished model that results.json needs."""
     from moeprune import registry
-    from moeprune.evaluation.score import headline, save, score
     from moeprune.training.module import domain_losses
 
     place = job_folder(folder, name)
     model = checkpoint.model()
     losses = domain_losses(model, built(comparison, folder, name).datamodule.evaluation_batches("valid"))
-    suite = registry.create("suite", comparison.suite)
-    results = score(checkpoint, suite, comparison.limit, name=place.name)
-    save(results, place / "evaluation")
-    per_token = sum(p.numel() for p in model.parameters())
-    for layer in model.moe_layers:
-        expert = sum(p[0].numel() for p in layer.experts.parameters())
-        per_token -= (layer.n_experts - checkpoint.config.top_k) * expert
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    scores, families = {}, {}
+    if comparison.suite is not None:
+        from moeprune.evaluation.score import headline, save, score
+
+        suite = registry.create("suite", comparison.suite)
+        results = score(checkpoint, suite, comparison.limit, name=place.name)
+        save(results, place / "evaluation")
+        scores = headline(results, suite)
+        families = {name: list(tasks) for name, tasks in suite.families().items()}
     rows = read_rows(place / "history.jsonl")
     plan = None
     if checkpoint.plans:
         plan = "plan.json"
-        checkpoint.plans[-1].save(place / plan)
+        _combined(checkpoint.plans).save(place / plan)
     return {
         "step": checkpoint.step,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "unpruned_parameters": _unpruned_parameters(checkpoint.config),
-        "active_parameters": per_token,
-        "experts_kept": [layer.n_experts for layer in model.moe_layers],
+        **sizes(model, checkpoint.config),
         "val_loss": {domain: values.tolist() for domain, values in losses.items()},
-        "scores": headline(results, suite),
-        "families": {name: list(tasks) for name, tasks in suite.families().items()},
-        "weights_bytes": weights,
+        "scores": scores,
+        "families": families,
         "optimizer_bytes": _optimizer_bytes(place / "last.ckpt"),
         "peak_bytes": rows[-1]["peak_memory"] if rows else None,
         "plan": plan,
     }
+
+
+def sizes(model: Any, config: Any) -> dict[str, Any]:
+    """Parameters and experts of a model that was built by `config` and may have been pruned since."""
+    parameters = sum(p.numel() for p in model.parameters())
+    per_token = parameters
+    for layer in model.moe_layers:
+        expert = sum(p[0].numel() for p in layer.experts.parameters())
+        per_token -= (layer.n_experts - config.top_k) * expert
+    return {
+        "parameters": parameters,
+        "unpruned_parameters": _unpruned_parameters(config),
+        "active_parameters": per_token,
+        "experts_kept": [layer.n_experts for layer in model.moe_layers],
+        "weights_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+    }
+
+
+def _combined(plans: list[PrunePlan]) -> PrunePlan:
+    """Several prunes as one plan; the last of them where experts were merged."""
+    return plans[-1] if any(plan.merges for plan in plans) else reduce(PrunePlan.then, plans)
 
 
 def _optimizer_bytes(path: Path) -> int:

@@ -7,7 +7,8 @@
       "model": {"parameters": int, "layers": L, "experts": E, "top_k": K, "steps": int, "tokens_per_step": int,
                 "seed": int},
       "domains": [str], "reference": name of the variant that the others are compared with,
-      "suite": str, "limit": int | null, "families": {family: [task]},
+      "suite": str | null, "limit": int | null, "families": {family: [task]},
+      "train_on": bool           false: variants end with their prune; `end` is `after`, and there is no vs_reference
       "trunk": {"step": int, "tokens": int, "reason": str, "history": HISTORY, "loads": LOADS} | null,
       "variants": [VARIANT]
     }
@@ -22,17 +23,23 @@
     VARIANT  {
       "name": str, "label": str, "status": "done" | "failed", "error": str | null,
       "start": "trunk" | "scratch" | "untrained", "drift": bool,
+      "strategy": str, "family": str, "budget": str      for plots and rankings, each may be ""
       ... and if done:
       "pruner": str | null, "balancers": [str],
       "parameters": int, "parameters_kept": share of the unpruned model's, "active_parameters": per token,
-      "experts_kept": [int per layer], "removed_load": [share per layer] or [], "plan": file | null, "config": file | null,
+      "experts_kept": [int per layer], "plan": file | null, "config": file | null,
+      "removed_load": [share per layer] or []    of a single prune; of several, see prunes
       "val_loss": {"before": LOSS | null, "after": LOSS | null, "end": LOSS},
-      "jump": DIFF | null        validation loss just after minus just before the prune, paired over sequences
+      "prunes": [{"step": int, "reason": str, "experts_kept": [int per layer], "removed_load": [share per layer] or [],
+                  "jump": DIFF}]                 before: of the first, after: of the last
+      "jump": DIFF | null        validation loss just after minus just before the prune, paired over sequences; of several
+                                 prunes the sum, which leaves out what training between them gained
+      "vs_lowest": DIFF | null   without training on: `after` minus that of the variant of the same budget that jumps least
       "vs_reference": DIFF | null    final validation loss, paired over sequences; null for the reference itself
       "history": HISTORY, "loads": LOADS          from the trunk's end (or the start) on
       "speed": {"step_seconds": QUARTILES, "ratio": QUARTILES, "tokens_per_second": float} | null
                training steps of all variants in turns in one process after training; ratio to the reference
-      "memory": {"weights_bytes": int, "optimizer_bytes": int, "peak_bytes": int | null}
+      "memory": {"weights_bytes": int, "optimizer_bytes": int | null, "peak_bytes": int | null}
       "scores": {task: {"metric": str, "higher_is_better": bool, "value": float, "stderr": float | null, "n": int,
                         "vs_reference": DIFF | null}},
       "families": {family: {"metric": str, "higher_is_better": bool, "value": float, "stderr": float, "n": int,
@@ -40,7 +47,7 @@
     }
     QUARTILES {"median": float, "q1": float, "q3": float}
 
-A failed variant holds name, label, status, error and start only. Every word of judgement comes from `difference`.
+A failed variant holds what comes before `and if done` only. Every word of judgement comes from `difference`.
 """
 
 from __future__ import annotations

@@ -104,7 +104,14 @@ def run(comparison: Comparison, folder: Path, workers: int, console: Console) ->
                         progress.update(rows[name], state="failed: no trunk")
                 while len(running) < workers and (ready := _next(comparison, folder, waiting)) is not None:
                     waiting.remove(ready)
-                    process = _process(job.main, comparison, folder, ready, max(1, cores() // workers))
+                    process = _process(
+                        job.main,
+                        comparison,
+                        folder,
+                        ready,
+                        max(1, cores() // workers),
+                        scores=comparison.suite is not None,
+                    )
                     process.start()
                     progress.start_task(rows[ready])
                     running.append(_Running(process, ready, rows[ready]))
@@ -124,18 +131,24 @@ def measure_speed(comparison: Comparison, folder: Path, names: list[str]) -> dic
         found = read_json(path, "speed measurement")
         if sorted(found) == sorted(names):
             return dict(found)
-    process = _process(speed.main, comparison, folder, names, path)
+    process = _process(speed.main, comparison, folder, names, path, scores=comparison.suite is not None)
     process.start()
     process.join()
     return dict(read_json(path, "speed measurement")) if process.exitcode == 0 else {}
 
 
-def _process(target: Callable[..., None], *args: Any) -> BaseProcess:
-    """A process forked from one that has done the imports; where that does not exist, a fresh one."""
+def _process(target: Callable[..., None], *args: Any, scores: bool) -> BaseProcess:
+    """A process forked from one that has done the imports; where that does not exist, a fresh one.
+
+    Args:
+        target: function to run.
+        args: its arguments.
+        scores: whether lm-eval will be needed.
+    """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn").Process(target=target, args=args)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["moeprune.compare.preload"])
+    context.set_forkserver_preload(["moeprune.compare.preload" if scores else "moeprune.compare.prunes"])
     return context.Process(target=target, args=args)
 
 

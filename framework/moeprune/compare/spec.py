@@ -22,12 +22,18 @@ class Variant:
         config: lines of the recipe that this variant changes.
         drift: this variant differs from the reference in nothing that matters (another order of the same text): how far it
             ends from the reference is the noise that any difference of final results has to be seen against.
+        strategy: what this variant shares with others that remove more or less in the same way; plots join them.
+        family: of strategies; its colour in the plots.
+        budget: how much is removed, in a few words; variants of one budget are ranked together.
     """
 
     label: str = ""
     start: Literal["trunk", "scratch", "untrained"] = "trunk"
     config: dict[str, Any] = field(default_factory=dict)
     drift: bool = False
+    strategy: str = ""
+    family: str = ""
+    budget: str = ""
 
     @classmethod
     def from_config(cls, name: str, config: Any) -> Variant:
@@ -39,7 +45,15 @@ class Variant:
         config = {} if config is None else config
         if not isinstance(config, dict):
             raise UserError(f"variant {name!r} must be a mapping of options, got {config!r}")
-        known = {"label": str, "start": str, "config": dict, "drift": bool}
+        known = {
+            "label": str,
+            "start": str,
+            "config": dict,
+            "drift": bool,
+            "strategy": str,
+            "family": str,
+            "budget": str,
+        }
         for key, value in config.items():
             if key not in known:
                 raise UserError(f"variant {name!r}: {suggest('option', key, list(known))}")
@@ -48,6 +62,48 @@ class Variant:
         if config.get("start", "trunk") not in ("trunk", "scratch", "untrained"):
             raise UserError(f"variant {name!r}: start must be trunk, scratch or untrained, got {config['start']!r}")
         return cls(**config)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Pruners by family, each at several ratios: a variant per pruner and ratio, such as `reap-25`.
+
+    Args:
+        ratios: shares of the experts to remove, in (0, 1).
+        families: short names of pruners that take a ratio, by family.
+
+    Raises:
+        UserError: a ratio out of range, no pruner, or one twice.
+    """
+
+    ratios: list[float]
+    families: dict[str, list[str]]
+
+    def __post_init__(self) -> None:
+        for ratio in self.ratios:
+            if not 0 < ratio < 1:
+                raise UserError(f"sweep.ratios must lie in (0, 1), got {ratio}; they are shares of experts to remove")
+        names = [name for family in self.families.values() for name in family]
+        if not names or not self.ratios:
+            raise UserError("the sweep is empty; give sweep.ratios, and pruners under sweep.families")
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f"the sweep names the pruner {name!r} twice; keep one")
+
+    def variants(self) -> dict[str, dict[str, Any]]:
+        """What one would write under `variants:`, family by family."""
+        return {
+            f"{name}-{100 * ratio:g}": {
+                "label": f"{name} {100 * ratio:g} %",
+                "strategy": name,
+                "family": family,
+                "budget": f"{100 * ratio:g} %",
+                "config": {"pruning": {"pruner": {"class_path": name, "init_args": {"ratio": ratio}}}},
+            }
+            for family, names in self.families.items()
+            for name in names
+            for ratio in self.ratios
+        }
 
 
 @dataclass
@@ -60,9 +116,10 @@ class Comparison:
         trunk: lines of the recipe that the trunk changes: its trigger.
         variants: by name, in the order of the table.
         reference: the variant that the others are compared with.
-        suite: short name of the suite that scores every variant.
+        suite: short name of the suite that scores every variant; None scores none.
         limit: documents per task; None for all.
         options: arguments of `moeprune fit` for every run.
+        train_on: whether variants go on training; without, all that is measured is the loss just before and after the prune.
     """
 
     name: str
@@ -70,9 +127,10 @@ class Comparison:
     trunk: dict[str, Any]
     variants: dict[str, Variant]
     reference: str
-    suite: str
+    suite: str | None
     limit: int | None
     options: list[str]
+    train_on: bool = True
 
     def __post_init__(self) -> None:
         if not self.variants:
@@ -103,6 +161,22 @@ class Comparison:
                 raise UserError(
                     f"variant {name!r} sets a trigger, but it prunes where the trunk ends; move it to start: scratch"
                 )
+            if not self.train_on:
+                self._check_prunes_only(name, variant)
+
+    def _check_prunes_only(self, name: str, variant: Variant) -> None:
+        if variant.start != "trunk" or variant.drift:
+            raise UserError(f"variant {name!r} needs training, which train_on: false leaves out; remove it")
+        if "pruner" in (variant.config.get("pruning") or {}) and name == self.reference:
+            raise UserError(f"the reference {name!r} prunes; without training it is what the others are pruned from")
+        for key, value in variant.config.items():
+            for option in sorted(value) if isinstance(value, dict) else [""]:
+                if (key, option) not in (("pruning", "pruner"), ("pruning", "constraints")):
+                    where = f"{key}.{option}" if option else key
+                    raise UserError(
+                        f"variant {name!r} changes {where}, which no prune depends on or all share (train_on: false); "
+                        f"change the trunk"
+                    )
 
     @property
     def needs_trunk(self) -> bool:

@@ -1,14 +1,13 @@
-"""A moeprune model as lm-eval sees it: `moeprune` among lm-eval's models.
+"""A model as lm-eval sees it: `moeprune` among lm-eval's models.
 
-    python -m moeprune.evaluation --model moeprune --model_args pretrained=runs/laep/last.ckpt --tasks ...
+    python -m moeprune.evaluation --model moeprune --model_args pretrained=pruned/ --tasks ...
 
-runs lm-eval's own command line with this class registered beside lm-eval's own.
+runs lm-eval's own command line with this class registered beside lm-eval's own. It scores moeprune's checkpoints and transformers
+checkpoints, pruned or not; on the latter it gives the same answers as lm-eval's `hf`.
 """
 
 from __future__ import annotations
 
-import hashlib
-from pathlib import Path
 from typing import Any
 
 import lm_eval.models  # noqa: F401  (registers lm-eval's own models; registering ours first would hide them)
@@ -16,32 +15,41 @@ import torch
 from lm_eval import utils
 from lm_eval.api.model import CacheHook, TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.models.utils import Collator
-from tokenizers import Tokenizer
+from lm_eval.models.utils import Collator, handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from torch import Tensor
 from tqdm import tqdm
 
 from moeprune import checkpoints
 from moeprune.errors import UserError
-from moeprune.model.transformer import MoETransformer
+from moeprune.evaluation.engine import Engine, Source, digest, engine
+from moeprune.evaluation.score import LONGEST_ANSWER
+from moeprune.interop.transformers import TransformersModel
 
 _FINGERPRINT = "moeprune weights"  # key of a response cache that says whose answers it holds
 
 
 @register_model("moeprune")
 class MoEPruneLM(TemplateLM):  # type: ignore[misc]
-    """Scores requests with a moeprune model.
+    """Scores requests with a moeprune model or a transformers model.
 
-    Requests are sorted by length, padded on the right and masked, so that padding reaches no load statistic.
+    Requests are sorted by length and padded on the right. Log-probabilities are float32 whatever the weights are.
 
     Args:
-        pretrained: a checkpoint file or exported folder, or a `Checkpoint` in memory.
-        batch_size: requests per forward pass.
+        pretrained: a checkpoint file, an exported folder, a folder or hub name of a transformers checkpoint, or a `Checkpoint`
+            or `TransformersModel` in memory.
+        batch_size: requests per forward pass; `auto` is 16.
         max_length: longest sequence; default: what the model takes.
         device: torch device; a CUDA device falls back to the CPU where there is none (lm-eval's command line asks for
             one by default).
-        max_gen_toks: longest generation, in tokens.
+        max_gen_toks: longest generation, in tokens, where a task says nothing; default: 256, or half of `max_length` if that
+            is less.
         rolling_context: tokens of context that each further window of a long text sees (lm-eval's own models use 1).
+        dtype: of a transformers model's weights; `auto` takes the checkpoint's.
+        tokenizer: of transformers, or its folder, for a transformers model whose folder holds none.
+        add_bos_token: whether a transformers model's texts begin with its beginning-of-sequence token; default: as its
+            tokenizer says.
+        think_end_token: text that ends a reasoning model's thoughts; what comes before it is no part of an answer.
+        max_batch_size: ignored; lm-eval's command line gives it.
 
     Raises:
         UserError: a checkpoint that cannot be read or holds no tokenizer.
@@ -51,37 +59,56 @@ class MoEPruneLM(TemplateLM):  # type: ignore[misc]
 
     def __init__(
         self,
-        pretrained: str | Path | checkpoints.Checkpoint,
+        pretrained: Source,
         batch_size: int | str | None = 16,
         max_length: int | None = None,
         device: str | None = None,
-        max_gen_toks: int = 64,
+        max_gen_toks: int | None = None,
         rolling_context: int = 1,
+        dtype: str = "auto",
+        tokenizer: Any = None,
+        add_bos_token: bool | None = None,
+        think_end_token: str | None = None,
         max_batch_size: int | None = None,
     ) -> None:
         super().__init__()
-        self._name = "in memory" if isinstance(pretrained, checkpoints.Checkpoint) else str(pretrained)
-        checkpoint = pretrained if isinstance(pretrained, checkpoints.Checkpoint) else checkpoints.read(pretrained)
-        if not checkpoint.tokenizer:
-            raise UserError(
-                f"the checkpoint {self._name} holds no tokenizer; train it with moeprune, or add tokenizer.json"
-            )
-        self.tokenizer = Tokenizer.from_str(checkpoint.tokenizer)
-        self._device = _device(device)
-        self.model: MoETransformer = checkpoint.model().to(self._device)
-        self.fingerprint = checkpoints.fingerprint(checkpoint.state)
+        memory = isinstance(pretrained, checkpoints.Checkpoint | TransformersModel)
+        self._name = "in memory" if memory else str(pretrained)
+        self.engine: Engine = engine(pretrained, _device(device), dtype, tokenizer, add_bos_token)
+        self._device = self.engine.device
         self._batch_size = 16 if batch_size is None or str(batch_size).startswith("auto") else int(batch_size)
         if self._batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {batch_size}")
-        self._max_length = int(max_length or checkpoint.config.max_seq_len)
-        self.max_gen_toks, self.rolling_context = int(max_gen_toks), int(rolling_context)
-        end = self.tokenizer.token_to_id("<|endoftext|>")
-        self._end = 0 if end is None else int(end)
+        self._max_length = int(max_length or self.engine.max_length)
+        if max_length:
+            self.engine.max_length = self._max_length
+        self.max_gen_toks = int(max_gen_toks or min(LONGEST_ANSWER, self._max_length // 2))
+        self.rolling_context, self.think_end_token = int(rolling_context), think_end_token
+
+    @property
+    def model(self) -> Any:
+        """The torch module."""
+        return self.engine.model
+
+    @property
+    def tokenizer(self) -> Any:
+        """The engine's."""
+        return self.engine.tokenizer
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the weights."""
+        return self.engine.fingerprint
 
     @property
     def eot_token_id(self) -> int:
-        """End of text, which also stands before a text without context."""
-        return self._end
+        """End of text."""
+        return self.engine.end
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without context."""
+        return self.engine.prefix
 
     @property
     def max_length(self) -> int:
@@ -89,17 +116,22 @@ class MoEPruneLM(TemplateLM):  # type: ignore[misc]
         return self._max_length
 
     @property
+    def batch_size(self) -> int:
+        """Requests per forward pass."""
+        return self._batch_size
+
+    @property
     def tokenizer_name(self) -> str:
         """Distinct for distinct tokenizers, as lm-eval's prompt cache needs."""
-        return f"moeprune-{hashlib.sha256(self.tokenizer.to_str().encode()).hexdigest()[:12]}"
+        return f"moeprune-{digest(self.engine.describe_tokenizer())}"
 
     def get_model_info(self) -> dict[str, Any]:
         """Goes into the `config` of lm-eval's results."""
         return {
             "model_num_parameters": sum(parameter.numel() for parameter in self.model.parameters()),
-            "model_dtype": str(self.model.head.weight.dtype),
+            "model_dtype": str(next(self.model.parameters()).dtype),
             "weights_sha256": self.fingerprint,
-            "num_experts_per_layer": [layer.n_experts for layer in self.model.moe_layers],
+            "num_experts_per_layer": self.engine.experts,
         }
 
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
@@ -120,20 +152,23 @@ class MoEPruneLM(TemplateLM):  # type: ignore[misc]
         super().set_cache_hook(cache_hook)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids; no special tokens are ever added."""
-        return list(self.tokenizer.encode(string, add_special_tokens=False).ids)
+        """Token ids."""
+        return self.engine.encode(string, add_special_tokens)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The messages as one prompt."""
+        return self.engine.chat(chat_history, add_generation_prompt)
 
     @torch.inference_mode()
-    def _log_probs(self, rows: list[list[int]]) -> Tensor:
-        """[B, S, V] float32, rows padded on the right."""
+    def _logits(self, rows: list[list[int]]) -> Tensor:
+        """[B, S, V] on the device, rows padded on the right."""
         longest = max(map(len, rows))
-        tokens = torch.full((len(rows), longest), self._end, dtype=torch.int64)
+        tokens = torch.full((len(rows), longest), self.engine.padding, dtype=torch.int64)
         mask = torch.zeros(len(rows), longest, dtype=torch.bool)
         for index, row in enumerate(rows):
             tokens[index, : len(row)] = torch.tensor(row)
             mask[index, : len(row)] = True
-        logits: Tensor = self.model(tokens.to(self._device), mask.to(self._device))
-        return logits.float().log_softmax(-1).cpu()
+        return self.engine.logits(tokens.to(self._device), mask.to(self._device))
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
@@ -159,12 +194,12 @@ class MoEPruneLM(TemplateLM):  # type: ignore[misc]
         answers = []
         for chunk in collator.get_batched(n=self._batch_size):
             rows = [(context + continuation)[-(limit + 1) :][:-1] for _, context, continuation in chunk]
-            log_probs = self._log_probs(rows)
-            for (key, context, continuation), row, scores in zip(chunk, rows, log_probs, strict=True):
+            for (key, context, continuation), row, logits in zip(chunk, rows, self._logits(rows), strict=True):
+                asked = logits[len(row) - len(continuation) : len(row)].float().log_softmax(-1)
                 for request, tokens, shared in collator.get_cache(
-                    req_str=key, cxt_toks=context, cont_toks=continuation, logits=scores[: len(row)][None]
+                    req_str=key, cxt_toks=context, cont_toks=continuation, logits=asked[None]
                 ):
-                    target = torch.tensor(tokens)[None]
+                    target = torch.tensor(tokens, device=self._device)[None]
                     own = shared[:, -len(tokens) :]  # requests that share a pass may split its tokens differently
                     picked = own.gather(2, target[..., None])[..., 0]
                     answer = (float(picked.sum()), bool((own.argmax(-1) == target).all()))
@@ -184,44 +219,59 @@ class MoEPruneLM(TemplateLM):  # type: ignore[misc]
                 (None, *utils.make_disjoint_window(pair))
                 for pair in utils.get_rolling_token_windows(
                     self.tok_encode(text),
-                    prefix_token=self._end,
+                    prefix_token=self.prefix_token_id,
                     max_seq_len=self.max_length,
                     context_len=self.rolling_context,
                 )
             ]
             windows += parts
             numbers.append(len(parts))
-        scores = iter([score for score, _ in self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm)])
+        together = self._batch_size if self.engine.windows_in_order else max(1, len(windows))
+        answers: list[tuple[float, bool]] = []
+        for start in range(0, len(windows), together):
+            answers += self._loglikelihood_tokens(windows[start : start + together], disable_tqdm=disable_tqdm)
+        scores = iter([score for score, _ in answers])
         totals = []
         for request, number in zip(requests, numbers, strict=True):
-            total = sum(next(scores) for _ in range(number))
+            total = float(sum(next(scores) for _ in range(number)))
             totals.append(total)
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
+    @torch.inference_mode()
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Greedy continuation up to a stop string, the end of text or `max_gen_toks`."""
-        return [self._generate(*request.args) for request in requests]
+        """Continuations up to a stop string, the end of text or `max_gen_toks`; greedy unless a task samples.
 
-    def _generate(self, context: str, options: dict[str, Any]) -> str:
-        until = options.get("until") or []
-        stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
-        room = min(int(options.get("max_gen_toks", self.max_gen_toks)), self.max_length - 1)
-        ids = self.tok_encode(context)[-(self.max_length - room) :] or [self._end]
-        new: list[int] = []
-        text = ""
-        for _ in range(room):
-            token = int(self._log_probs([ids + new])[0, -1].argmax())
-            if token == self._end:
-                break
-            new.append(token)
-            text = self.tokenizer.decode(new)
-            if any(stop in text for stop in stops):
-                break
-        for stop in stops:
-            text = text.split(stop)[0]
-        self.cache_hook.add_partial("generate_until", (context, options), text)
-        return text
+        Raises:
+            UserError: `max_gen_toks` leaves no room for a prompt.
+        """
+        collator = Collator(
+            [request.args for request in requests],
+            sort_fn=lambda request: (-len(self.tok_encode(request[0])), request[0]),
+            group_by="gen_kwargs",
+            group_fn=lambda request: request[1],
+        )
+        end = self.engine.decode([self.engine.end], skip_special_tokens=False)
+        bar = tqdm(total=len(requests), disable=disable_tqdm, desc="generations")
+        answers = []
+        for chunk in collator.get_batched(n=self._batch_size):
+            asked = chunk[0][1]
+            options = dict(normalize_gen_kwargs(asked, self.max_gen_toks))
+            until = handle_stop_sequences(options.pop("until"), eos=end)
+            room = int(options.pop("max_gen_toks"))
+            if room >= self.max_length:
+                raise UserError(
+                    f"max_gen_toks {room} leaves no room for a prompt in the {self.max_length} tokens that the model takes; "
+                    f"give a smaller --max_gen_toks"
+                )
+            texts = self.engine.generate([context for context, _ in chunk], until, room, options)
+            for (context, _), text in zip(chunk, texts, strict=True):
+                answer = postprocess_generated_text(text, until, self.think_end_token)
+                answers.append(answer)
+                self.cache_hook.add_partial("generate_until", (context, asked), answer)
+            bar.update(len(chunk))
+        bar.close()
+        return list(collator.get_original(answers))
 
 
 def _device(name: str | None) -> torch.device:

@@ -9,6 +9,7 @@ Both hold `moeprune.json`: the original ids of the experts of every layer, the p
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tempfile
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from moeprune.errors import UserError
 from moeprune.files import new_folder, read_json, write_text
@@ -38,6 +40,87 @@ def is_transformers(path: Path | str) -> bool:
     return (
         not folder.exists() and str(path).count("/") == 1 and not folder.suffix and not str(path).startswith(("/", "."))
     )
+
+
+def resolve(path: Path | str) -> Path:
+    """The folder of a checkpoint: itself, or where the hub's cache holds the name.
+
+    Raises:
+        UserError: the name is not on the hub, or the hub cannot be reached.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        hub: Any = import_module("huggingface_hub")
+        files = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        return Path(hub.snapshot_download(str(path), allow_patterns=files))
+    except ImportError as error:
+        raise UserError(f"there is no folder {path}, and names on the hub need the extra [hf]") from error
+    except Exception as error:  # the hub's client raises whatever its transport does
+        raise UserError(f"there is no folder {path}, and the hub does not give it: {_first_line(error)}") from error
+
+
+def tokenizer(path: Path) -> Any:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        return library().AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} holds no tokenizer that transformers can read; put the model's tokenizer there"
+        ) from error
+
+
+def check_files(path: Path) -> list[Path]:
+    """The checkpoint's safetensors files, in order of name.
+
+    Raises:
+        UserError: there are none, one that the index names is missing, truncated, or holds other tensors than the index says.
+    """
+    files = sorted(path.glob("*.safetensors"))
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = read_json(index, "index of shards").get("weight_map", {})
+        files = sorted({path / name for name in weight_map.values()})
+        if missing := [file.name for file in files if not file.exists()]:
+            raise UserError(f"{path} lacks the shard {missing[0]} that its index names; complete the download")
+    if not files:
+        pickles = [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")]
+        told = f" ({pickles[0].name} is a pickle, which is not read: convert it)" if pickles else ""
+        raise UserError(f"{path} holds no safetensors{told}; give a checkpoint in safetensors")
+    names: dict[str, str] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="numpy") as opened:
+                names |= dict.fromkeys(opened.keys(), file.name)
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{file} is truncated or no safetensors file ({_first_line(error)}); fetch it again"
+            ) from error
+    if index.exists():
+        odd = [name for name, file in weight_map.items() if names.get(name) != file]
+        if odd:
+            raise UserError(
+                f"the index of {path} says that {odd[0]} is in {weight_map[odd[0]]}, which does not hold it"
+            )
+    return files
+
+
+def fingerprint(path: Path) -> str:
+    """sha256 over the bytes of the checkpoint's safetensors files, in order of name, hex.
+
+    Raises:
+        UserError: see `check_files`.
+    """
+    files = check_files(path)
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
 
 
 def read_record(path: Path | str) -> dict[str, Any]:
@@ -67,7 +150,9 @@ def load(path: Path | str, dtype: torch.dtype | str = "auto", device: str = "cpu
         UserError: transformers is not installed, no such checkpoint, or a family that is not supported.
     """
     transformers = library()
+    path = resolve(path)
     record = read_record(path)
+    check_files(path)
     try:
         config = transformers.AutoConfig.from_pretrained(path)
         options: dict[str, Any] = {"config": config, "dtype": dtype}

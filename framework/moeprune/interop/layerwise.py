@@ -96,7 +96,8 @@ def record_layerwise(
                     of_weights[statistic].append(value)
             skeleton.free(f"{name}.")
             progress(depth + 1, len(skeleton.layers))
-    return recording.evidence(of_weights, provenance)
+    router = {"n_groups": model.n_groups, "min_experts": model.min_experts}
+    return recording.evidence(of_weights, {**(provenance or {}), **router})
 
 
 class Skeleton:

@@ -4,6 +4,7 @@
     router       the contract: which experts a token goes to, with which weights
     experts      the experts of a layer as two tensors; grouped SwiGLU and its slow reference
     moe          router + experts = the layer
+    attention    queries, keys and values; standard, or with Yuan 2.0's local filter
     transformer  embedding, blocks of attention and MoE, output head
 
 Letters in names and docstrings: B sequences, S positions, T = B S tokens, V vocabulary, D model width, H heads,

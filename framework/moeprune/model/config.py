@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, Literal, get_args
 
 from moeprune.errors import UserError, suggest
+
+AttentionName = Literal["standard", "lfa"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class MoEConfig:
         router_options: its options.
         embedding_std: standard deviation of the embedding at initialisation. Untied, large embeddings keep routers from
             collapsing in the first hundred steps (docs/model.md).
+        attention: `standard`, or `lfa`, where queries and keys are made of positions that two short causal convolutions
+            have filtered (Yuan 2.0).
 
     Raises:
         UserError: sizes that do not fit together.
@@ -47,6 +51,7 @@ class MoEConfig:
     router: str = "softmax"
     router_options: dict[str, Any] = field(default_factory=dict)
     embedding_std: float = 0.5
+    attention: AttentionName = "standard"
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_experts", "top_k", "d_expert", "max_seq_len"):
@@ -60,6 +65,8 @@ class MoEConfig:
             )
         if self.n_heads % self.kv_heads:
             raise UserError(f"n_kv_heads={self.n_kv_heads} does not divide n_heads={self.n_heads}; change one")
+        if self.attention not in get_args(AttentionName):
+            raise UserError(suggest("attention", str(self.attention), list(get_args(AttentionName))))
 
     @property
     def kv_heads(self) -> int:

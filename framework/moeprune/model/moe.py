@@ -56,7 +56,8 @@ class MoELayer(nn.Module):
         yield self, "expert_ids", 0
         for owner in (self.router, self.experts):
             for name, dim in owner.expert_dims.items():
-                yield owner, name, dim
+                if getattr(owner, name) is not None:  # a router's option may leave a buffer out
+                    yield owner, name, dim
 
     def expert_parameters(self) -> Mapping[str, tuple[Tensor, int]]:
         """See `PrunableLayer`."""

@@ -42,7 +42,8 @@ class Router(nn.Module, ABC):
     """Chooses K of E experts for every token: `logits`, then `choose`, both in float32 under mixed precision as well.
 
     Every subclass takes `(d_model, n_experts, top_k, **options)` and names in `expert_dims` its tensors that hold one
-    entry per expert, with the dimension that counts experts, so that surgery can cut them. Layers may differ in E.
+    entry per expert (or are None), with the dimension that counts experts, so that surgery can cut them. Layers may
+    differ in E.
 
     Attributes:
         n_groups: groups to which the choice is limited; pruning keeps equal numbers in each.
@@ -57,6 +58,11 @@ class Router(nn.Module, ABC):
     def __init__(self, d_model: int, n_experts: int, top_k: int) -> None:
         super().__init__()
         self.d_model, self.n_experts, self.top_k = d_model, n_experts, top_k
+
+    @property
+    def min_experts(self) -> int:
+        """Fewest experts with which it works: top_k, or more where groups ask for it."""
+        return self.top_k
 
     @abstractmethod
     def logits(self, x: Tensor) -> Tensor:

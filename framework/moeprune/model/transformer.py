@@ -8,48 +8,13 @@ from dataclasses import replace
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from moeprune.errors import UserError
+from moeprune.model.attention import ATTENTIONS
 from moeprune.model.config import MoEConfig
 from moeprune.model.moe import MoELayer
 from moeprune.model.router import Routing
-
-
-class Attention(nn.Module):
-    """Causal grouped-query attention with rotary embedding (arXiv 2104.09864, halves rotated).
-
-    Args:
-        config: sizes.
-    """
-
-    def __init__(self, config: MoEConfig) -> None:
-        super().__init__()
-        self.n_heads, self.kv_heads = config.n_heads, config.kv_heads
-        head = config.d_model // config.n_heads
-        self.qkv = nn.Linear(config.d_model, (config.n_heads + 2 * config.kv_heads) * head, bias=False)
-        self.out = nn.Linear(config.d_model, config.d_model, bias=False)
-        nn.init.normal_(self.qkv.weight, std=0.03)
-        nn.init.normal_(self.out.weight, std=0.02 / (2 * config.n_layers) ** 0.5)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """[B, S, D] from x [B, S, D] and the rotary tables [S, head / 2]."""
-        q, k, v = rearrange(self.qkv(x), "b s (h c) -> b h s c", h=self.n_heads + 2 * self.kv_heads).split(
-            [self.n_heads, self.kv_heads, self.kv_heads], dim=1
-        )
-        y = F.scaled_dot_product_attention(
-            rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True, enable_gqa=self.kv_heads != self.n_heads
-        )
-        out: Tensor = self.out(rearrange(y, "b h s c -> b s (h c)"))
-        return out
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x [B, H, S, C] by tables [S, C / 2]."""
-    a, b = x.chunk(2, -1)
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
 class Block(nn.Module):
@@ -63,7 +28,7 @@ class Block(nn.Module):
     def __init__(self, config: MoEConfig, n_experts: int) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self.attention = Attention(config)
+        self.attention = ATTENTIONS[config.attention](config)
         self.moe_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.moe = MoELayer(config, n_experts)
         object.__setattr__(self.moe, "residual_norm", self.moe_norm)  # not a submodule of the layer
@@ -115,6 +80,11 @@ class MoETransformer(nn.Module):
         return [block.moe for block in self.blocks]  # type: ignore[misc]
 
     @property
+    def device(self) -> torch.device:
+        """Where tokens go."""
+        return self.embedding.weight.device
+
+    @property
     def top_k(self) -> int:
         """K, experts per token."""
         return self.config.top_k
@@ -123,6 +93,11 @@ class MoETransformer(nn.Module):
     def n_groups(self) -> int:
         """Groups of a group-limited router; 1 without."""
         return self.moe_layers[0].router.n_groups
+
+    @property
+    def min_experts(self) -> int:
+        """See `PrunableModel`."""
+        return self.moe_layers[0].router.min_experts
 
     def logits(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """See `PrunableModel`."""

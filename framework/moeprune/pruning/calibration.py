@@ -329,7 +329,7 @@ class _Watch:
                 combined = None if f is None else torch.einsum("tk,tkd->td", weights[a:b].to(f.dtype), f)
                 if combined is not None:
                     parts.append(combined.to(x.dtype))
-                self._hand_over(a, b, x, indices, weights, f, combined)
+                self._hand_over(slice(a, b), x[a:b], indices[a:b], weights[a:b], f, combined)
         return torch.cat(parts) if out is None else out
 
     def _outputs(self, x: Tensor, indices: Tensor) -> Tensor:
@@ -340,26 +340,28 @@ class _Watch:
         return f.view(T, K, D).to(torch.promote_types(f.dtype, torch.float32))
 
     def _hand_over(
-        self, a: int, b: int, x: Tensor, indices: Tensor, weights: Tensor, f: Tensor | None, combined: Tensor | None
+        self, rows: slice, x: Tensor, indices: Tensor, weights: Tensor, f: Tensor | None, combined: Tensor | None
     ) -> None:
-        keep = slice(None) if self._mask is None else self._mask[a:b]
+        keep = slice(None) if self._mask is None else self._mask[rows]
 
         def cut(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor[a:b][keep].detach()
+            return None if tensor is None else tensor[rows][keep]
 
-        chosen, used = indices[a:b][keep], weights[a:b][keep].detach()
-        probs = cut(self._probs)
-        gates = used if probs is None else probs.gather(1, chosen)
-        if self._recording.gate == "topk":
-            gates = gates / gates.sum(1, keepdim=True)
+        chosen, used = indices[keep], weights[keep].detach()
+        gates = used
+        if self._recording.gate != "weight":
+            assert self._probs is not None
+            gates = self._probs[rows][keep].gather(1, chosen)
+            if self._recording.gate == "topk":
+                gates = gates / gates.sum(1, keepdim=True)
         seen = Seen(
             self._layer.n_experts,
-            x[a:b][keep].detach(),
+            x[keep].detach(),
             None if f is None else f[keep],
             None if combined is None else combined[keep],
             chosen,
             used,
-            (used if self._recording.gate == "weight" else gates).double(),
+            gates.double(),
             cut(self._logits),
             cut(self._residual),
         )

@@ -195,6 +195,12 @@ class Constraints:
             kept += members[: n_keep // self.n_groups]
         return tuple(sorted(kept))
 
-    def with_groups(self, n_groups: int) -> Constraints:
-        """These constraints for a model whose router limits the choice to groups."""
-        return replace(self, n_groups=math.lcm(self.n_groups, n_groups))
+    def for_router(self, n_groups: int, min_experts: int) -> Constraints:
+        """These constraints for a router that limits its choice to `n_groups` groups and needs `min_experts` to work."""
+        least = self.min_keep if isinstance(self.min_keep, list) else [self.min_keep]
+        raised = [max(n, min_experts) for n in least] if min_experts > 1 else least
+        return replace(
+            self,
+            n_groups=math.lcm(self.n_groups, n_groups),
+            min_keep=raised if isinstance(self.min_keep, list) else raised[0],
+        )

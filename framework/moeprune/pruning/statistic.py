@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
@@ -60,14 +61,12 @@ class Seen:
 
     def per_expert(self, values: Tensor) -> Tensor:
         """Sum of values [T, K, ...] by expert: [E, ...] float64."""
-        flat = values.flatten(0, 1)
-        if flat.ndim == 1:
-            return flat.new_zeros(self.n_experts, dtype=torch.float64).index_add_(
-                0, self.indices.flatten(), flat.double()
-            )
-        order = self.indices.flatten().argsort(stable=True)  # rows of an expert in a row: summed without a float64 copy
-        rows = flat.index_select(0, order).split(self.counts.tolist())
-        return torch.stack([each.sum(0, dtype=torch.float64) for each in rows])
+        flat, chosen = values.flatten(0, 1), self.indices.flatten()
+        sums = flat.new_zeros(self.n_experts, *flat.shape[1:], dtype=torch.float64)
+        rows = max(1, 2**18 // math.prod(flat.shape[1:]))  # whose float64 copy fits the cache
+        for i in range(0, len(flat), rows):
+            sums.index_add_(0, chosen[i : i + rows], flat[i : i + rows].double())
+        return sums
 
 
 class Statistic(_Described, ABC):

@@ -40,8 +40,9 @@ class Progress:
         tokens: tokens seen, over all ranks.
         windows: complete load windows since the last prune, oldest first.
         prunes: prunes done.
-        metrics: last known values by name, the same on all ranks: `val_loss` once a validation ran, and the load metrics of
-            the last complete window, mean over layers (`max_vio`, `entropy`, `cv`, `gini`, `dead`).
+        metrics: last known values by name, the same on all ranks: once a validation ran `val_loss`, nats per token, and
+            `val_step`, the optimizer steps done when it was measured; and the load metrics of the last complete window, mean
+            over layers (`max_vio`, `entropy`, `cv`, `gini`, `dead`).
     """
 
     step: int

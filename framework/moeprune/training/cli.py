@@ -189,6 +189,7 @@ def quiet() -> None:
         ".*Checkpoint directory.*exists and is not empty.*",
         ".*Found .* module.* in eval mode at the start of training.*",
         ".*lr_scheduler.step.*before.*optimizer.step.*",
+        ".*sync_dist=True.*",
     ):
         warnings.filterwarnings("ignore", pattern)
 

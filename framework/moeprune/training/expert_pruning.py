@@ -37,8 +37,9 @@ class ExpertPruning(pl.Callback):
     batches), the plan is applied to the model and its optimizer, and training goes on. Windows and events are rows of
     `loads.jsonl` and `events.jsonl` in the run's folder, and are part of every checkpoint.
 
-    A gradual trigger prunes several times towards the numbers that the pruner wants at the first prune. Where the router limits
-    its choice to groups, every group keeps the same number.
+    A gradual trigger prunes several times towards the numbers that the pruner wants at the first prune; each of them is a row
+    of `events.jsonl`. A step prunes once at most. Where the router limits its choice to groups, every group keeps the same
+    number.
 
     Args:
         pruner: what to prune with; null watches the loads only.
@@ -103,7 +104,7 @@ class ExpertPruning(pl.Callback):
         """The inverse of `state_dict`."""
         self.events = list(state_dict["events"])
         self._tokens = state_dict["tokens"]
-        self._metrics, self._target = dict(state_dict["metrics"]), list(state_dict["target"])
+        self._metrics, self._target = dict(state_dict.get("metrics", {})), list(state_dict.get("target", []))
         self._partial_state = state_dict["partial"]
         self._windows = [
             LoadWindow(w["first"], w["last"], [loads.cpu().numpy() for loads in w["loads"]])
@@ -128,12 +129,19 @@ class ExpertPruning(pl.Callback):
         if self._partial_state is not None:
             share = 1 if trainer.is_global_zero else 0  # it holds the sum over all ranks
             self._partial.update([share * count.to(module.device) for count in self._partial_state])
+            self._partial_state = None
         if trainer.is_global_zero:
             folder = run_folder(trainer)
             self._loads_file = JsonLines(folder / "loads.jsonl", trainer.global_step)
             self._events_file = JsonLines(folder / "events.jsonl", trainer.global_step)
-        if trainer.global_step:
+        if trainer.global_step == 0 or self.trigger is None:
+            return
+        if not self.events or self.events[-1]["step"] < trainer.global_step:
             self._ask(trainer, module)
+        loop = trainer.fit_loop
+        if loop._data_fetcher is not None and loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
+            # the validation of a step runs after its checkpoint is written, and a resumed run does not repeat it
+            self._keep_validation(trainer, module.validation_loss())
 
     def on_train_batch_end(
         self,
@@ -159,9 +167,9 @@ class ExpertPruning(pl.Callback):
         self._ask(trainer, module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep the loss for triggers; it is the same on all ranks."""
+        """Keep the loss for triggers."""
         if not trainer.sanity_checking and "val_loss" in trainer.callback_metrics:
-            self._metrics["val_loss"] = float(trainer.callback_metrics["val_loss"])
+            self._keep_validation(trainer, float(trainer.callback_metrics["val_loss"]))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave complete files."""
@@ -205,12 +213,14 @@ class ExpertPruning(pl.Callback):
     def _prune(self, trainer: pl.Trainer, module: MoELanguageModel, reason: str) -> None:
         assert self.pruner is not None
         model, step = module.transformer, trainer.global_step
-        self.constraints = self.constraints.with_groups(model.n_groups)
+        self.constraints = self.constraints.for_router(model.n_groups, model.min_experts)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         began = time.perf_counter()
         evidence = self._evidence(trainer, module)
         plan = self.pruner.plan(evidence, self._bounds(evidence)).made_by(self.pruner)
-        plan = PrunePlan.from_dict(trainer.strategy.broadcast(plan.to_dict()))  # every rank the same decision
+        # every rank the same decision
+        chosen, self._target = trainer.strategy.broadcast((plan.to_dict(), self._target))
+        plan = PrunePlan.from_dict(chosen)
         planned = time.perf_counter()
         before = domain_losses(model, data.evaluation_batches("valid"))
         n_before = sum(parameter.numel() for parameter in model.parameters())
@@ -288,6 +298,11 @@ class ExpertPruning(pl.Callback):
         return record(module.transformer, on_device, needs, {"counts": counts}, provenance)
 
     # -- helpers -------------------------------------------------------------------------------------------------------
+
+    def _keep_validation(self, trainer: pl.Trainer, loss: float | None) -> None:
+        if loss is not None:
+            self._metrics["val_loss"] = trainer.strategy.broadcast(loss)
+            self._metrics["val_step"] = trainer.global_step
 
     @staticmethod
     def _new_partial(module: MoELanguageModel) -> ExpertLoad:

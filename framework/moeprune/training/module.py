@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,9 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import MeanMetric
 
-from moeprune.balancing.balancer import Balancer
+from moeprune.balancing.balancer import Balancer, sum_over_ranks
 from moeprune.checkpoints import ENTRY, Checkpoint, differing_fields
 from moeprune.errors import UserError
 from moeprune.model.config import MoEConfig
@@ -97,14 +97,14 @@ class MoELanguageModel(pl.LightningModule):
         self.config = config
         self.balancers = balancers or []
         self._stepping = [b for b in self.balancers if type(b).after_step is not Balancer.after_step]
-        self._counts: list[Tensor] = []  # of this step, where a balancer asks for them
+        self._counts: list[Tensor] = []  # of this rank and step so far, where a balancer asks for them
         self.learning_rate, self.weight_decay, self.betas = learning_rate, weight_decay, betas
         self.warmup_steps, self.decay, self.final_learning_rate = warmup_steps, decay, final_learning_rate
         self.unigram_bias, self.init_seed = unigram_bias, init_seed
         self.activation_checkpointing = activation_checkpointing
         self.plans: list[PrunePlan] = []
         self.model: MoETransformer | None = None
-        self._domain_metrics: dict[str, MeanMetric] = {}
+        self._losses: dict[str, Tensor] = {}  # by domain: sum of this rank's sequence losses, and how many they are
 
     @property
     def transformer(self) -> MoETransformer:
@@ -133,13 +133,17 @@ class MoELanguageModel(pl.LightningModule):
         loss = sequence_losses(logits, batch[:, 1:]).mean()
         total = loss
         for balancer in self.balancers:
-            terms = torch.stack([balancer.loss(r, layer.router) for r, layer in zip(routings, layers, strict=True)])
-            total = total + balancer.coefficient * terms.mean()
-            self.log(f"balance/{type(balancer).__name__.lower()}", terms.mean().detach())
+            with torch.set_grad_enabled(balancer.coefficient > 0 and torch.is_grad_enabled()):
+                terms = [balancer.loss(r, layer.router) for r, layer in zip(routings, layers, strict=True)]
+                term = torch.stack(terms).mean()
+            if balancer.coefficient > 0:
+                total = total + balancer.coefficient * term
+            self.log(f"balance/{_snake(type(balancer).__name__)}", term.detach())
         self.log("train_loss", loss.detach(), prog_bar=True)
         counts = [routing.counts for routing in routings]
         if self._stepping:
-            self._counts = [a + b for a, b in zip(self._counts, counts, strict=True)] if self._counts else counts
+            so_far = self._counts or [torch.zeros_like(count) for count in counts]
+            self._counts = [a + b for a, b in zip(so_far, counts, strict=True)]
         return {"loss": total, "lm_loss": loss.detach(), "counts": counts}
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -147,13 +151,12 @@ class MoELanguageModel(pl.LightningModule):
         super().optimizer_step(*args, **kwargs)
         if not self._counts:
             return
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            for count in self._counts:
-                torch.distributed.all_reduce(count)
+        sizes = [len(count) for count in self._counts]
+        counts = torch.split(sum_over_ranks(torch.cat(self._counts)), sizes)
+        self._counts = []
         with torch.no_grad():
             for balancer in self._stepping:
-                balancer.after_step([layer.router for layer in self.transformer.moe_layers], self._counts)
-        self._counts = []
+                balancer.after_step([layer.router for layer in self.transformer.moe_layers], counts)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Stop a run that has diverged before it writes NaN into the weights.
@@ -177,19 +180,39 @@ class MoELanguageModel(pl.LightningModule):
             )
 
     def _evaluate(self, batch: dict[str, Any]) -> None:
-        tokens = batch["tokens"]
-        metric = self._domain_metrics.setdefault(batch["domain"], MeanMetric().to(self.device))
-        metric.update(sequence_losses(self(tokens[:, :-1]), tokens[:, 1:]))
+        tokens, domain = batch["tokens"], batch["domain"]
+        losses = sequence_losses(self(tokens[:, :-1]), tokens[:, 1:])
+        both = torch.stack([losses.sum(), losses.new_tensor(len(losses))])
+        self._losses[domain] = self._losses[domain] + both if domain in self._losses else both
+
+    def _domain_means(self) -> dict[str, Tensor]:
+        """Mean loss of each domain since the last call, over all ranks, which may have seen different domains."""
+        domains = self.trainer.datamodule.corpus.domains  # type: ignore[attr-defined]
+        nothing = torch.zeros(2, device=self.device)
+        sums = sum_over_ranks(torch.stack([self._losses.get(domain, nothing) for domain in domains]))
+        self._losses = {}
+        return {domain: total / n for domain, (total, n) in zip(domains, sums, strict=True) if n > 0}
 
     def _report(self, name: str) -> None:
         """Log the mean of the domains and each of them, over all ranks."""
-        domains = [d for d in self.trainer.datamodule.corpus.domains if d in self._domain_metrics]  # type: ignore[attr-defined]
-        losses = [self._domain_metrics[domain].compute() for domain in domains]
-        if not losses:
+        means = self._domain_means()
+        if not means:
             return
-        self.log(name, torch.stack(losses).mean(), prog_bar=True)
-        self.log_dict({f"{name}/{domain}": loss for domain, loss in zip(domains, losses, strict=True)})
-        self._domain_metrics = {}
+        self.log(name, torch.stack([*means.values()]).mean(), prog_bar=True)
+        self.log_dict({f"{name}/{domain}": loss for domain, loss in means.items()})
+
+    @torch.no_grad()
+    def validation_loss(self) -> float | None:
+        """The `val_loss` that a validation would log now; nothing is logged. Collective; None without validation data."""
+        trainer = self.trainer
+        trained = self.training
+        self.eval()
+        batches = self.trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
+        for index, batch in zip(range(int(trainer.num_val_batches[0])), batches, strict=False):
+            trainer.strategy.validation_step(trainer.strategy.batch_to_device(batch), index)
+        means = self._domain_means()
+        self.train(trained)
+        return float(torch.stack([*means.values()]).mean()) if means else None
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Loss by domain."""
@@ -273,3 +296,8 @@ class MoELanguageModel(pl.LightningModule):
         n_experts = [len(ids) for ids in saved.expert_ids]
         if n_experts != [layer.n_experts for layer in self.transformer.moe_layers]:
             self.model = MoETransformer(self.config, n_experts).to(self.device)
+
+
+def _snake(name: str) -> str:
+    """GlobalBatch -> global_batch."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()

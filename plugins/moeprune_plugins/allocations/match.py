@@ -16,12 +16,14 @@ from moeprune.pruning.pruner import Allocation, Pruner
 class Match(Allocation):
     """Keeps as many experts as another pruner would on the same evidence: the fair budget for a comparison.
 
+    With pruner `laep` this is LAEP's thresholds as an allocation for any criterion. `ratio` plays no part.
+
     Source: equal-budget comparison as in arXiv 2510.13999, section 4; here the budget is another pruner's plan.
 
     Args:
         pruner: whose numbers to take.
         spread: `per_layer` takes its number for every layer; `uniform` takes its total and gives every layer the same
-            number (the first layers one more where it does not divide).
+            number (the first layers one more where it does not divide), as far as the constraints allow.
     """
 
     def __init__(self, pruner: Pruner, spread: Literal["per_layer", "uniform"] = "per_layer") -> None:
@@ -39,10 +41,4 @@ class Match(Allocation):
         n_kept = list(self.pruner.plan(evidence, constraints).n_kept)
         if self.spread == "per_layer":
             return n_kept
-        share, rest = divmod(sum(n_kept), len(n_kept))
-        return [
-            constraints.nearest_at_least(
-                share + (index < rest), len(layer.ids), evidence.top_k, layer.n_original, index
-            )
-            for index, layer in enumerate(evidence.layers)
-        ]
+        return constraints.distribute([sum(n_kept) / len(n_kept)] * len(n_kept), sum(n_kept), evidence)

@@ -24,6 +24,7 @@ class Switch(Balancer):
 
     def loss(self, routing: Routing, router: Router) -> Tensor:
         """See the class."""
-        counts = routing.counts.to(routing.probs.dtype)
+        counts = routing.counts
         probs = routing.probs if routing.mask is None else routing.probs[routing.mask]
-        return routing.probs.shape[1] * (counts / counts.sum().clamp(min=1) @ probs.mean(0))
+        f = counts.to(probs.dtype) / counts.sum().clamp(min=1)
+        return probs.shape[1] * (f @ probs.sum(0)) / max(1, len(probs))

@@ -1,7 +1,7 @@
 """The calibrated family: S_j(b, alpha, beta) = N_j^-b * sum over tokens t routed to j of g_j(t)^alpha |f_j(t)|^beta.
 
-N_j tokens are routed to expert j as the model itself routes; g is the gate weight, f the expert's output before that weight is
-applied. Nine sums from one pass over the calibration text give the whole family. An expert without a token scores 0, the
+N_j tokens are routed to expert j as the model itself routes; g is the gate weight, by the gate definition that was asked for, f
+the expert's output before that weight is applied. Nine sums from one pass over the calibration text give the whole family. An expert without a token scores 0, the
 lowest score there is. Scores compare within a layer only.
 """
 
@@ -47,7 +47,8 @@ class Calibrated(Criterion):
 class SeerSoft(Calibrated):
     """Sum of the gate weights, also called weighted frequency.
 
-    Source: SEER-MoE, arXiv 2404.05089.
+    Source: the soft count of SEER-MoE, arXiv 2404.05089, over the tokens routed to the expert (whether the paper adds up the
+    probabilities of experts that were not chosen as well, we could not check); REAP's code calls it weighted frequency.
     """
 
     def __init__(self) -> None:
@@ -57,7 +58,8 @@ class SeerSoft(Calibrated):
 class EAN(Calibrated):
     """Sum of the norms of the expert's outputs.
 
-    Source: the expert-activation-norm baseline of REAP, arXiv 2510.13999.
+    Source: the expert-activation-norm baseline of REAP, arXiv 2510.13999. MC-Suite (arXiv 2504.05586, eq. 13), where the name
+    comes from, takes the norm over the tokens, channel by channel, and adds up channels.
     """
 
     def __init__(self) -> None:
@@ -67,7 +69,7 @@ class EAN(Calibrated):
 class WeightedEAN(Calibrated):
     """Sum of gate weight times norm of the expert's output.
 
-    Source: the weighted form in REAP's study, arXiv 2510.13999.
+    Source: the weighted form of the expert activation norm in the code of REAP, arXiv 2510.13999.
     """
 
     def __init__(self) -> None:
@@ -107,7 +109,8 @@ class MeanGate(Calibrated):
 class REAP(Calibrated):
     """Mean of gate weight times norm of the expert's output: router-weighted expert activation.
 
-    Source: REAP, arXiv 2510.13999.
+    Source: REAP, arXiv 2510.13999. Its code takes the router's softmax as g, renormalised over the chosen experts for models
+    that do so: the gate definitions `softmax` and `topk`.
     """
 
     def __init__(self) -> None:

@@ -10,9 +10,10 @@ from moeprune.pruning.pruner import Criterion
 
 
 class Fisher(Criterion):
-    """Sum of (dL/dw)^2 over the expert's weights: the trace of the empirical Fisher information, per batch.
+    """Sum of (dL/dw)^2 over the expert's weights: the trace of the empirical Fisher information, with a batch as a sample.
 
-    Source: Theis et al. 2018 (arXiv 1801.05787), taken per expert; squares are averaged over calibration batches.
+    Source: after Fisher pruning, Theis et al. 2018 (arXiv 1801.05787), which weighs the squares by w^2 and takes gradients of
+    single samples; here the trace alone, squares averaged over calibration batches.
     """
 
     needs = frozenset({"fisher"})

@@ -10,7 +10,7 @@ from moeprune.pruning.pruner import Criterion
 
 
 class MaxActivation(Criterion):
-    """Largest |f(t)| over tokens and channels; experts without tokens score 0.
+    """Largest magnitude of a channel of f(t) over the tokens; experts without tokens score 0.
 
     Source: the mark of super experts, arXiv 2507.23279.
     """
@@ -25,7 +25,8 @@ class MaxActivation(Criterion):
 class OutputVariance(Criterion):
     """Mean squared distance of f(t) from its mean: an expert that always says the same can go.
 
-    Source: MoNE, arXiv 2507.00390, whose redundancy score combines it with the frequency; here it stands alone.
+    Source: one half of the redundancy score of MoNE, arXiv 2507.00390: by its authors' code, the root of this variance (with
+    N - 1 tokens) times its gate weight, and the mean output stays in the expert's place. Here the variance stands alone.
     """
 
     needs = frozenset({"var_f"})
@@ -38,7 +39,8 @@ class OutputVariance(Criterion):
 class Characteristic(Criterion):
     """Norm of the mean output: what the expert says on average.
 
-    Source: the mean outputs that HC-SMoE clusters, arXiv 2410.08589, as a score.
+    Source: ours, after the mean outputs that HC-SMoE (arXiv 2410.08589) clusters, but does not score; there the mean is taken
+    over all tokens, here over those routed to the expert.
     """
 
     needs = frozenset({"norm_mean_f"})

@@ -12,7 +12,7 @@ from moeprune.pruning.pruner import Criterion
 class RandomScore(Criterion):
     """Random scores, one stream per (seed, layer).
 
-    Source: the random baseline of REAP, arXiv 2510.13999.
+    Source: the random dropping that MC-Suite (arXiv 2504.05586) compares with.
 
     Args:
         seed: same seed, same scores.

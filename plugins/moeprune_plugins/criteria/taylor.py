@@ -10,10 +10,10 @@ from moeprune.pruning.pruner import Criterion
 
 
 class Taylor(Criterion):
-    """First-order change of the loss when weights go to zero: sum of |w dL/dw| over the expert's weights.
+    """First-order change of the loss when a weight goes to zero, |w dL/dw|, summed over the expert's weights.
 
-    Source: Molchanov et al. 2017 (arXiv 1611.06440), taken per expert; gradients are averaged over the calibration
-    batches before the product is taken.
+    Source: the first-order Taylor criterion of Molchanov et al. 2017 (arXiv 1611.06440), stated there for activations, here for
+    weights; gradients are averaged over the calibration batches before the product is taken.
     """
 
     needs = frozenset({"taylor"})

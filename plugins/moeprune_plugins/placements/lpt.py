@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,10 +22,14 @@ class LPT(Placement):
     def place(self, loads: NDArray[np.int64], n_devices: int) -> list[list[int]]:
         """See the class."""
         size = experts_per_device(len(loads), n_devices)
+        load = np.asarray(loads).astype(np.int64)
         devices: list[list[int]] = [[] for _ in range(n_devices)]
-        sums = [0] * n_devices
-        for position in sorted(range(len(loads)), key=lambda p: (-int(loads[p]), p)):
-            device = min((d for d in range(n_devices) if len(devices[d]) < size), key=lambda d: (sums[d], d))
+        lightest = [(0, device) for device in range(n_devices)]  # a heap of those that are not full
+        for position in np.argsort(-load, kind="stable").tolist():
+            total, device = lightest[0]
             devices[device].append(position)
-            sums[device] += int(loads[position])
+            if len(devices[device]) < size:
+                heapq.heapreplace(lightest, (total + int(load[position]), device))
+            else:
+                heapq.heappop(lightest)
         return devices

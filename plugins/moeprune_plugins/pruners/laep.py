@@ -67,7 +67,8 @@ class LAEP(Pruner):
                     f"layer {index} received no tokens: all its counts are 0; record loads over a longer window"
                 )
             constraints.feasible(len(layer.ids), evidence.top_k, layer.n_original, index)
-            survivors = set(layer.ids) - set(cut_by_rule(layer, alphas[index], betas[index]))
+            safe = set(constraints.protected_in(index))
+            survivors = set(layer.ids) - (set(cut_by_rule(layer, alphas[index], betas[index])) - safe)
             size = layer.n_original // constraints.n_groups
             busiest = max(sum(i // size == group for i in survivors) for group in range(constraints.n_groups))
             n = constraints.nearest_at_least(

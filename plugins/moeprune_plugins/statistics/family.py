@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from moeprune.pruning.statistic import Seen, Statistic
@@ -15,8 +16,12 @@ class _Power(Statistic):
 
     def measure(self, seen: Seen) -> Tensor:
         """[E]."""
-        gates = seen.gates**self.a
-        return seen.per_expert(gates if self.b == 0 else gates * seen.norms**self.b)
+        values = torch.ones_like(seen.gates)
+        for _ in range(self.a):
+            values = values * seen.gates
+        for _ in range(self.b):
+            values = values * seen.norms
+        return seen.per_expert(values)
 
 
 class G0F0(_Power):

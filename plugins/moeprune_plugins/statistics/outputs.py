@@ -19,21 +19,20 @@ class MaxOutput(Statistic):
     def measure(self, seen: Seen) -> Tensor:
         """[E]."""
         assert seen.outputs is not None
-        peaks = seen.outputs.abs().amax(-1).flatten().double()
+        peaks = torch.maximum(seen.outputs.amax(-1), -seen.outputs.amin(-1)).flatten().double()
         return peaks.new_zeros(seen.n_experts).scatter_reduce_(0, seen.indices.flatten(), peaks, "amax")
 
 
 class MeanOutput(Statistic):
-    """[E, D] mean of f(t); 0 without tokens.
+    """[E, D] mean of f(t) over the tokens routed to the expert; 0 without tokens.
 
-    Source: the mean outputs that HC-SMoE clusters, arXiv 2410.08589, over the tokens routed to the expert.
+    Source: the constants that MoNE (arXiv 2507.00390) puts in place of experts. HC-SMoE (arXiv 2410.08589) clusters means over
+    all tokens, whether routed to the expert or not, which would take every expert on every token.
     """
 
     def measure(self, seen: Seen) -> Tensor:
         """[E, 1 + D]: number of tokens, sum of f."""
-        assert seen.outputs is not None
-        ones = torch.ones_like(seen.indices)[..., None]
-        return torch.cat([seen.per_expert(ones), seen.per_expert(seen.outputs)], 1)
+        return torch.cat([seen.counts[:, None], seen.sums], 1)
 
     def finish(self, total: Tensor) -> Tensor:
         """[E, D]."""
@@ -53,14 +52,14 @@ class MeanOutputNorm(MeanOutput):
 
 
 class OutputVariance(MeanOutput):
-    """Mean of |f(t) - mean|^2; 0 without tokens.
+    """Mean of |f(t) - mean|^2, the sum of the channels' variances; 0 without tokens.
 
-    Source: MoNE, arXiv 2507.00390.
+    Source: MoNE, arXiv 2507.00390, which divides by one token less and takes the root.
     """
 
     def measure(self, seen: Seen) -> Tensor:
         """[E, 2 + D]: number of tokens, sum of f, sum of |f|^2."""
-        return torch.cat([super().measure(seen), seen.per_expert(seen.norms**2)[:, None]], 1)
+        return torch.cat([super().measure(seen), seen.per_expert(seen.norms.square())[:, None]], 1)
 
     def finish(self, total: Tensor) -> Tensor:
         """[E]."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
-from moeprune.evaluation.suite import Suite
+from moeprune.evaluation.suite import Suite, Task
 
 
 class Offline(Suite):
@@ -15,23 +14,16 @@ class Offline(Suite):
     after BLiMP (arXiv 1912.00582), last word after LAMBADA (arXiv 1606.06031).
     """
 
-    def metrics(self) -> Mapping[str, str]:
-        """One metric per task."""
-        return {
-            task: "doc_bpb" if family == "bits per byte" else "acc"
-            for family, tasks in self.families().items()
-            for task in tasks
-        }
+    def tasks(self) -> list[Task]:
+        """The four forms of task."""
+        domains = ("lit", "kjv", "code", "tech", "api")
+        return [
+            *(Task(f"offline_bpb_{d}", "doc_bpb", "bits per byte") for d in domains),
+            *(Task(f"offline_wordorder_{d}", "acc", "word order") for d in domains),
+            *(Task(f"offline_lastword_{d}", "acc", "last word") for d in domains if d != "code"),
+            Task("offline_code_indent", "acc", "indentation"),
+        ]
 
     def task_folder(self) -> Path:
         """The task files of this package."""
         return Path(__file__).parent / "offline"
-
-    def families(self) -> Mapping[str, list[str]]:
-        """The four forms of task."""
-        return {
-            "bits per byte": [f"offline_bpb_{d}" for d in ("lit", "kjv", "code", "tech", "api")],
-            "word order": [f"offline_wordorder_{d}" for d in ("lit", "kjv", "code", "tech", "api")],
-            "last word": [f"offline_lastword_{d}" for d in ("lit", "kjv", "tech", "api")],
-            "indentation": ["offline_code_indent"],
-        }

@@ -1,0 +1,147 @@
+"""Pruning a checkpoint on disk against copying as many bytes as are kept, and its memory.
+
+    python benchmarks/streaming.py [--gigabytes 1] [--shard-mb 500] [--rounds 5] [--folder /tmp]
+
+A Qwen3-MoE checkpoint of random bfloat16 (64 experts of three 1 MB matrices per layer) is written once. Every round, in random
+order: `prune_streaming` of a quarter of the experts, in a process of its own, its libraries imported; `cp` of the pruned folder; `cp` and then `sync` of
+the copied files, which is what pruning does as well: it does not return before its output is on the disk. The system's dirty
+pages are written out before every measurement. Floor: every kept byte read once and written once, nothing else. Printed: medians
+with quartiles, in seconds and over the median of `cp`; peak resident memory of the pruning process, all libraries included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from moeprune.compare.results import quartiles
+from moeprune.interop.streaming import prune_streaming
+from moeprune.interop.transformers import on_meta
+from moeprune.interop.weights import OnDisk
+from moeprune.pruning.plan import PrunePlan
+
+EXPERTS, HIDDEN, WIDTH = 64, 1024, 512
+LAYER = EXPERTS * 3 * HIDDEN * WIDTH * 2  # bytes
+
+
+def write(folder: Path, gigabytes: float, shard: int) -> None:
+    """The checkpoint, in shards of about `shard` bytes."""
+    from transformers import Qwen3MoeConfig
+
+    layers = max(1, round(gigabytes * 1e9 / LAYER))
+    config = Qwen3MoeConfig(
+        vocab_size=4096, hidden_size=HIDDEN, moe_intermediate_size=WIDTH, num_experts=EXPERTS, num_experts_per_tok=8,
+        num_hidden_layers=layers, num_attention_heads=16, num_key_value_heads=4, head_dim=64, dtype="bfloat16",
+    )  # fmt: skip
+    config.architectures = ["Qwen3MoeForCausalLM"]
+    config.save_pretrained(folder)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, tensor in on_meta(config).state_dict().items():
+        base, _, last = name.rpartition(".")
+        if last == "gate_up_proj":
+            for i in range(EXPERTS):
+                shapes |= {f"{base}.{i}.{kind}.weight": (WIDTH, HIDDEN) for kind in ("gate_proj", "up_proj")}
+        elif last == "down_proj" and base.endswith("experts"):
+            shapes |= {f"{base}.{i}.down_proj.weight": (HIDDEN, WIDTH) for i in range(EXPERTS)}
+        else:
+            shapes[name] = tuple(tensor.shape)
+    noise = torch.randn(32 << 20).bfloat16()
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    filled = 0
+    for name, shape in shapes.items():
+        size = 2 * torch.Size(shape).numel()
+        if shards[-1] and filled + size > shard:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = shape
+        filled += size
+    weight_map = {}
+    for number, part in enumerate(shards):
+        file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
+        tensors = {}
+        for name, shape in part.items():
+            size = torch.Size(shape).numel()
+            start = random.randrange(len(noise) - size)
+            tensors[name] = noise[start : start + size].view(shape).clone()
+        save_file(tensors, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def prune(source: Path, output: Path, shard: int) -> None:
+    """What the process of its own does; prints one line of JSON."""
+    importlib.import_module("transformers.models.qwen3_moe.modeling_qwen3_moe")
+    importlib.import_module("transformers.models.auto.modeling_auto")
+    began = time.perf_counter()
+    disk = OnDisk(source)
+    n_layers = len(disk.model.moe_layers)
+    kept = tuple(i for i in range(EXPERTS) if i % 4)
+    plan = PrunePlan((kept,) * n_layers, (tuple(range(EXPERTS)),) * n_layers, (EXPERTS,) * n_layers, 8)
+    opened = time.perf_counter()
+    done = prune_streaming(disk, output, plan, max_shard_size=shard, progress=False)
+    ended = time.perf_counter()
+    status = Path("/proc/self/status").read_text()  # ru_maxrss would be the parent's, if that was larger
+    peak = 1024 * int(status.partition("VmHWM:")[2].split()[0])
+    found = {"seconds": ended - began, "open": opened - began, "peak": peak, "read": done.read, "written": done.written}
+    print(json.dumps(found))
+
+
+def main() -> None:
+    """Write, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--gigabytes", type=float, default=1)
+    parser.add_argument("--shard-mb", type=int, default=500)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--prune", nargs=2, type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    shard = args.shard_mb * 10**6
+    if args.prune:
+        prune(*args.prune, shard)
+        return
+    with tempfile.TemporaryDirectory(dir=args.folder, prefix="streaming-") as scratch:
+        source, output, kept = (Path(scratch) / name for name in ("source", "pruned", "kept"))
+        write(source, args.gigabytes, shard)
+        call = [sys.executable, __file__, f"--shard-mb={args.shard_mb}", "--prune", str(source)]
+        subprocess.run([*call, str(kept)], check=True, capture_output=True)  # what cp copies; and the cache is warm
+        rows: dict[str, list[float]] = {"cp": [], "cp, sync": [], "prune": [], "  of it, finding tensors": []}
+        peaks, found = [], {}
+        for _ in range(args.rounds):
+            for what in random.sample(["cp", "cp, sync", "prune"], 3):
+                os.sync()
+                began = time.perf_counter()
+                if what == "prune":
+                    ran = subprocess.run([*call, str(output)], check=True, capture_output=True, text=True)
+                    found = json.loads(ran.stdout)
+                    rows[what].append(found["seconds"])
+                    rows["  of it, finding tensors"].append(found["open"])
+                    peaks.append(found["peak"])
+                else:
+                    subprocess.run(["cp", "-r", str(kept), str(output)], check=True)
+                    if what == "cp, sync":
+                        subprocess.run(["sync", *map(str, output.iterdir())], check=True)
+                    rows[what].append(time.perf_counter() - began)
+                shutil.rmtree(output)
+        base = quartiles(rows["cp"])["median"]
+        print(f"floor: {found['read'] / 1e9:.2f} GB read, {found['written'] / 1e9:.2f} GB written")
+        for what, seconds in rows.items():
+            q = quartiles(seconds)
+            print(f"{what:<23} {q['median']:6.2f} s [{q['q1']:.2f}, {q['q3']:.2f}]   {q['median'] / base:5.2f} x cp")
+        peak = max(peaks)
+        print(f"peak memory             {peak / 1e9:6.2f} GB                 {peak / shard:5.2f} x shard")
+
+
+if __name__ == "__main__":
+    main()

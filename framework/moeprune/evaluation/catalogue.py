@@ -1,0 +1,150 @@
+"""lm-eval's tasks by name: where their files are, what they consist of, and loading them with one sentence per failure.
+
+lm-eval reads all of its 14,000 task files to find one, in 15 to 20 seconds. Here the names are read from their text first, and only
+the folders that hold the wanted ones are handed to lm-eval; what is not found so (a tag, an odd file) makes it read them all.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import redirect_stdout
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import lm_eval.tasks
+from lm_eval.tasks import TaskManager
+
+from moeprune.errors import UserError
+
+_NAME = re.compile(rb"""^["']?(?:task|group)["']?:[ \t]*["']?([^\s"'#]+)["']?[ \t]*$""", re.MULTILINE)
+GENERATED = "made by the task"
+
+
+class Catalogue:
+    """The task files that some names need.
+
+    Args:
+        names: of tasks, groups or tags.
+        folders: with task files beside lm-eval's own, which they go before.
+        metadata: handed to tasks that make their own documents.
+
+    Raises:
+        UserError: a name that lm-eval does not know.
+    """
+
+    def __init__(
+        self, names: Sequence[str], folders: Sequence[Path] = (), metadata: Mapping[str, Any] | None = None
+    ) -> None:
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        self._metadata = dict(metadata or {})
+        needed: list[Path] = []
+        while True:
+            self._manager = self._made([*needed, *folders], everything=False)
+            missing = self._missing(names)
+            found = {_files()[name].parent for name in missing if name in _files()} - set(needed)
+            if not missing:
+                return
+            if not found:
+                break
+            needed = sorted({*needed, *found})
+        self._manager = self._made(folders, everything=True)
+        if missing := self._missing(names):
+            near = difflib.get_close_matches(missing[0], self._manager.all_tasks, n=3, cutoff=0.6)
+            hint = f"did you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists all of them"
+            raise UserError(f"lm-eval has no task {missing[0]!r}; {hint}")
+
+    def _made(self, folders: Sequence[Path], everything: bool) -> Any:
+        return TaskManager(include_path=list(folders), include_defaults=everything, metadata=self._metadata)
+
+    def _missing(self, names: Iterable[str]) -> list[str]:
+        index = self._manager.task_index
+        missing, seen, open_ = [], set(), list(names)
+        while open_:
+            name = open_.pop(0)
+            if name in seen:
+                continue
+            seen.add(name)
+            if name in index:
+                open_ += self._children(name)
+            else:
+                missing.append(name)
+        return missing
+
+    def _children(self, name: str) -> list[str]:
+        entry = self._manager.task_index[name]
+        if entry.kind.name == "TAG":
+            return sorted(entry.tags)
+        members = (entry.cfg or {}).get("task") if entry.kind.name == "GROUP" else None
+        if not isinstance(members, list):
+            return []
+        names = (m if isinstance(m, str) else m.get("group", m.get("task")) for m in members)
+        return [member for member in names if isinstance(member, str)]
+
+    def leaves(self, name: str) -> list[str]:
+        """The tasks that a group or tag consists of, each once; the name itself if it is a task."""
+        if self._manager.task_index[name].kind.name not in ("GROUP", "TAG"):
+            return [name]
+        return list(dict.fromkeys(leaf for child in self._children(name) for leaf in self.leaves(child)))
+
+    def config(self, task: str) -> dict[str, Any]:
+        """The task's file as it stands."""
+        return dict(self._manager.task_index[task].cfg or {})
+
+    def data(self, name: str) -> str:
+        """The data sets of a task or group; '' where the file does not say."""
+        found = []
+        for leaf in self.leaves(name):
+            path = self.config(leaf).get("dataset_path")
+            found.append(GENERATED if path == "" or "custom_dataset" in self.config(leaf) and not path else path)
+        return ", ".join(dict.fromkeys(path for path in found if path))
+
+    def runs_code(self, name: str) -> bool:
+        """Whether scoring the task runs code that the model wrote."""
+        return any(self.config(leaf).get("unsafe_code") for leaf in self.leaves(name))
+
+    def load(self, name: str, data: str = "") -> dict[str, Any]:
+        """Task objects by name, with their documents.
+
+        Args:
+            name: of a task, group or tag.
+            data: what to call its data set where the file does not say.
+
+        Raises:
+            UserError: data that is not at hand, a package that is not installed, or whatever else lm-eval runs into.
+        """
+        data = data or self.data(name)
+        try:
+            with redirect_stdout(io.StringIO()):
+                return dict(self._manager.load([name])["tasks"])
+        except ImportError as error:
+            raise UserError(
+                f"the task {name!r} cannot be loaded: {_line(error)}; install what it needs, or leave it out: --tasks takes "
+                f"names of tasks"
+            ) from error
+        except Exception as error:  # whatever a task's own code runs into
+            if data and data != GENERATED:
+                raise UserError(
+                    f"cannot load the data set {data} of the task {name!r} ({_line(error)}); run once with network (unset "
+                    f"HF_HUB_OFFLINE), copy a filled HF_HOME here, or take --suite=offline, which needs no network"
+                ) from error
+            raise UserError(f"cannot make the documents of the task {name!r}: {_line(error)}") from error
+
+
+@cache
+def _files() -> dict[str, Path]:
+    """Every name of a task or group -> the first of lm-eval's files that defines it."""
+    found: dict[str, Path] = {}
+    for path in sorted(Path(lm_eval.tasks.__file__).parent.glob("**/*.yaml"), key=Path.as_posix):
+        for name in _NAME.findall(path.read_bytes()):
+            found.setdefault(name.decode(), path)
+    return found
+
+
+def _line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) < 200 else f"{text[:200]}..."
