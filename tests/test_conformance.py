@@ -51,7 +51,6 @@ OPTIONS: dict[tuple[str, str], list[Options]] = {
     ("trigger", "gradual"): [lambda: {"start": 20, "end": 80}, lambda: {"start": 9, "end": 90, "schedule": "linear"}],
     ("trigger", "metric"): [lambda: {"name": "val_loss", "below": 3.2}, lambda: {"name": "max_vio", "above": 1.5}],
 }
-EXACT = {("allocation", "explicit")}  # keeps the numbers it was told
 REGISTERED = [
     pytest.param(kind, entry.name, options, id=f"{kind}-{entry.name}" + (f"-{variant}" if variant else ""))
     for kind in KINDS
@@ -64,10 +63,7 @@ REGISTERED = [
 @pytest.mark.parametrize(("kind", "name", "options"), REGISTERED)
 def test_registered(kind: str, name: str, options: Options) -> None:
     def make(**sizes: int) -> Any:
-        made = create(kind, name, **sizes, **options())
-        if (kind, name) in EXACT:
-            made.exact = True
-        return made
+        return create(kind, name, **sizes, **options())
 
     failures = {}
     for check in CHECKS[kind]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -125,9 +126,12 @@ def _with_sweep(variants: dict[str, Any], sweep: Sweep | None) -> dict[str, Any]
     """
     if sweep is None:
         return variants
-    for names in sweep.families.values():
-        for name in names:
-            registry.create("pruner", name, ratio=sweep.ratios[0])
+    for _, name, config in sweep.pruners():
+        pruner = str(config.get("class_path", ""))
+        if "." not in pruner and "ratio" not in signature(registry.lookup("pruner", pruner).load()).parameters:
+            raise UserError(
+                f"sweep: the pruner {pruner!r} ({name}) takes no ratio; write its variants out, with a budget"
+            )
     made = sweep.variants()
     if taken := sorted(made.keys() & variants.keys()):
         raise UserError(f"the sweep makes a variant {taken[0]!r}, and there is one already; give it another name")

@@ -24,6 +24,7 @@ PALETTE = ("#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#332288", "#8
 MARKERS = "osD^vP*X"
 DASHES = ("-", "--", ":")
 MOST_PANELS = 12
+MOST_ROWS = 20  # variants that get a row each where those that keep equal numbers can share one
 DPI = 150
 METRICS = {"acc": "accuracy", "doc_bpb": "bits per byte"}
 Results = Mapping[str, Any]
@@ -61,6 +62,43 @@ def scored(results: Results) -> tuple[str, list[str]]:
     return "families", []
 
 
+def trained_on(results: Results) -> bool:
+    """Whether variants went on training after their prune."""
+    return bool(results.get("train_on", True))
+
+
+def budgets(results: Results) -> list[str]:
+    """The budgets that variants are ranked at, in the order of the variants."""
+    return list(dict.fromkeys(v["budget"] for v in done(results) if v.get("budget") and v.get("jump")))
+
+
+def ranking(results: Results) -> list[tuple[str, dict[str, Variant]]]:
+    """Strategy -> its variant at each budget, those whose loss jumps least at the first budget first."""
+    rows: dict[str, dict[str, Variant]] = {}
+    for v in done(results):
+        if v.get("budget") and v.get("jump"):
+            rows.setdefault(_strategy(v), {})[v["budget"]] = v
+    order = budgets(results)
+
+    def place(row: tuple[str, dict[str, Variant]]) -> tuple[int, float]:
+        first = next(i for i, budget in enumerate(order) if budget in row[1])
+        return first, float(row[1][order[first]]["jump"]["value"])
+
+    return sorted(rows.items(), key=place)
+
+
+def alike(variants: Sequence[Variant]) -> list[tuple[str, Variant]]:
+    """One label and variant for all that keep the same numbers of experts, in order."""
+    groups: dict[tuple[int, ...], list[Variant]] = {}
+    for v in variants:
+        groups.setdefault(tuple(v["experts_kept"]), []).append(v)
+    named = []
+    for group in groups.values():
+        more = f" and {len(group) - 1} more" if len(group) > 1 else ""
+        named.append((f"{group[0]['label']}{more}", group[0]))
+    return named
+
+
 def half_width(difference: Mapping[str, Any]) -> float:
     """Half of a difference's 95 % interval: sampling of documents, and the drift from run to run where it is known."""
     return float(difference["half_width"])
@@ -73,6 +111,7 @@ def figures(results: Results) -> dict[str, Figure]:
         "load_shares": (load_shares, bool(_loads(results, focus(results)))),
         "load_inequality": (load_inequality, bool(_loads(results, reference(results)))),
         "loss_jump": (loss_jump, any(v.get("jump") for v in ran)),
+        "jump_against_parameters": (jump_against_parameters, bool(_lines(results))),
         "loss_curves": (loss_curves, any(len(v["history"]["step"]) > 0 for v in ran)),
         "experts_kept": (experts_kept, any(is_pruned(v) for v in ran)),
         "score_against_parameters": (score_against_parameters, bool(scored(results)[1])),
@@ -85,7 +124,8 @@ def figures(results: Results) -> dict[str, Figure]:
 
 def load_shares(results: Results) -> Figure:
     """Share of the layer's tokens of every expert over training, one panel per layer."""
-    shown, step = focus(results), _prune_step(results)
+    shown = focus(results)
+    steps = _prune_steps(results, shown)
     loads = _loads(results, shown)
     L = len(loads[0]["shares"][0])
     layers = _some_layers(L)
@@ -104,9 +144,9 @@ def load_shares(results: Results) -> Figure:
     for axis in axes.flat[len(layers) :]:
         axis.set_axis_off()
     for column in range(columns):
-        _mark_prune(axes[0, column], step, f"prune, step {step}" if column == 0 and cuts else "")
+        _mark_prune(axes[0, column], steps, _named(steps) if column == 0 and cuts else "")
     for axis in axes[1:].flat:
-        _mark_prune(axis, step, "")
+        _mark_prune(axis, steps, "")
     axes[0, 0].yaxis.set_major_formatter(lambda y, _: f"{y * 100:g} %")
     if any(s == 0 for part in loads for window in part["shares"] for i in layers for s in window[i]):
         figure.text(0.99, 0.01, "no tokens: drawn at the lower edge", ha="right", fontsize=7.5, color=MUTED)
@@ -123,9 +163,19 @@ def load_shares(results: Results) -> Figure:
     return figure
 
 
-def _prune_step(results: Results) -> int | None:
-    """Where the trunk ends, if there is one."""
-    return int(results["trunk"]["step"]) if results["trunk"] else None
+def _trunk_end(results: Results) -> list[int]:
+    """The step at which the trunk ends, if there is one."""
+    return [int(results["trunk"]["step"])] if results["trunk"] else []
+
+
+def _prune_steps(results: Results, variant: Variant | None) -> list[int]:
+    """The steps at which `variant` was pruned; the trunk's end if it was not."""
+    own = [int(prune["step"]) for prune in (variant or {}).get("prunes") or ()]
+    return own or _trunk_end(results)
+
+
+def _named(steps: Sequence[int]) -> str:
+    return f"prune{'s' if len(steps) > 1 else ''}, step{'s' if len(steps) > 1 else ''} {', '.join(map(str, steps))}"
 
 
 def _loads(results: Results, variant: Variant | None) -> list[Mapping[str, Any]]:
@@ -160,7 +210,7 @@ def _layer_shares(axis: Axes, loads: Sequence[Mapping[str, Any]], layer: int, fl
 
 def load_inequality(results: Results) -> Figure:
     """Gini coefficient of the loads of every layer over training, without pruning."""
-    base, prune = reference(results), _prune_step(results)
+    base, prune = reference(results), _trunk_end(results)
     parts = _loads(results, base)
     L = len(parts[0]["shares"][0])
     figure = _figure(8, 4)
@@ -176,7 +226,7 @@ def load_inequality(results: Results) -> Figure:
     axis.set_ylim(0, max(0.05, axis.get_ylim()[1] * 1.08))
     named = range(L) if L <= 8 else _some_layers(L)[:: max(1, MOST_PANELS // 6)]
     _side_labels(axis, [(steps[-1], ends[i], f"layer {i}", {"color": colours[i]}) for i in named])
-    _mark_prune(axis, prune, f"prune, step {prune}" if focus(results) is not base else "end of trunk")
+    _mark_prune(axis, prune, _named(prune) if focus(results) is not base else "end of trunk")
     axis.set_ylabel("Gini coefficient of expert loads")
     axis.set_xlabel("training step")
     _title(figure, "Inequality of the experts' loads in each layer, without pruning (0: all equal)", size=11)
@@ -188,7 +238,7 @@ def load_inequality(results: Results) -> Figure:
 
 def loss_curves(results: Results) -> Figure:
     """Smoothed training loss of every variant, and its difference to the reference around the prune."""
-    base, prune = reference(results), _prune_step(results)
+    base, prune = reference(results), _trunk_end(results)
     before = results["trunk"]["history"] if results["trunk"] else {"step": [], "loss": []}
     ran = [v for v in done(results) if len(v["history"]["step"]) > 0]
     looks = _looks(results)
@@ -198,20 +248,27 @@ def loss_curves(results: Results) -> Figure:
     everything = [before, *(v["history"] for v in ran)]
     width = max(1, max((h["step"][-1] for h in everything if h["step"]), default=1) // 40)
     heights: list[float] = []
-    for history, look in [
-        (before, {"color": MUTED}),
-        *((v["history"], looks[v["name"]]) for v in ran),
+    marked = False
+    for v, history, look in [
+        (None, before, {"color": MUTED}),
+        *((v, v["history"], looks[v["name"]]) for v in ran),
     ]:
         loss = _smooth(history["loss"], width)
         top.plot(history["step"], loss, lw=1.3, color=look["color"], ls=look.get("ls", "-"))
         heights.extend(loss[np.isfinite(loss)][2 * width :])
+        at = [step for step in (_prune_steps(results, v) if v and is_pruned(v) else []) if step not in prune]
+        places = [i for i, step in enumerate(history["step"]) if step in at]
+        if places:  # prunes of its own
+            steps, values = [history["step"][i] for i in places], loss[places]
+            top.plot(steps, values, look["marker"], color=look["color"], ms=5, mec="white", mew=0.6, zorder=5)
+            marked = True
     if heights:
         low, high = min(heights), float(np.percentile(heights, 94))
         top.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low) + 1e-3)
     top.set_ylabel("training loss (nats per token)")
-    _subtitle(top, f"mean of the last {width} steps")
-    _mark_prune(top, prune, f"prune, step {prune}")
-    _difference_to(bottom, prune or 0, base, ran, looks)
+    _subtitle(top, f"mean of the last {width} steps{'; marks: prunes of a run of its own' if marked else ''}")
+    _mark_prune(top, prune, _named(prune))
+    _difference_to(bottom, prune[0] if prune else 0, base, ran, looks)
     handles = [_line(label="before the prune, shared", color=MUTED, lw=1.8)] if before["step"] else []
     handles += [_line(label=_label(v), color=looks[v["name"]]["color"], ls=looks[v["name"]]["ls"], lw=1.8) for v in ran]
     figure.legend(
@@ -255,7 +312,7 @@ def _difference_to(
     lead = max(2, (until - prune) // 15)
     axis.plot([prune - lead, until], [0, 0], color=INK, lw=1.3)
     axis.set_xlim(prune - lead, until)
-    _mark_prune(axis, prune, "")
+    _mark_prune(axis, [prune], "")
     axis.set_ylabel("difference to the\nreference (nats per token)")
     axis.set_xlabel("training step")
     name = f"difference to {_label(base)}" if base else "no reference to subtract"
@@ -263,34 +320,115 @@ def _difference_to(
 
 
 def loss_jump(results: Results) -> Figure:
-    """Validation loss just after minus just before the prune, with 95 % intervals."""
-    rows = sorted((v for v in done(results) if v.get("jump")), key=lambda v: float(v["jump"]["value"]), reverse=True)
+    """Validation loss just after minus just before the prune, with 95 % intervals; a panel per budget if there are any."""
     looks = _looks(results)
+    if budgets(results):
+        return _ranked(results, looks)
+    rows = sorted((v for v in done(results) if v.get("jump")), key=lambda v: float(v["jump"]["value"]), reverse=True)
     figure = _figure(8, 1.2 + 0.32 * len(rows))
     axis = figure.subplots()
     _margins(figure, left=2.75, right=1.3, top=0.5, bottom=0.6)
     for y, v in enumerate(rows):
-        value, half, look = v["jump"]["value"], half_width(v["jump"]), looks[v["name"]]
-        axis.errorbar(
-            value,
-            y,
-            xerr=half,
-            fmt=look["marker"],
-            color=look["color"],
-            ms=6.5,
-            capsize=3.5,
-            lw=1.6,
-            zorder=3,
-        )
-        text = f"{value:+.3f} ± {half:.3f}"
-        axis.text(1.02, y, text, transform=axis.get_yaxis_transform(), va="center", fontsize=9, color=INK)
-    axis.axvline(0, color=INK, lw=1)
+        _jump(axis, y, v, looks[v["name"]], f"{v['jump']['value']:+.3f} ± {half_width(v['jump']):.3f}")
     axis.set_yticks(range(len(rows)), [_label(v) for v in rows])
-    axis.set_ylim(-0.6, len(rows) - 0.4)
-    axis.grid(axis="x", color=FAINT, lw=0.7)
+    _jump_axis(axis, len(rows))
     axis.set_xlabel("validation loss just after minus just before the prune (nats per token, 95 % interval)")
     _title(figure, "What the prune costs at once", size=11)
     return figure
+
+
+def _ranked(results: Results, looks: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """A row per strategy, a panel per budget."""
+    rows, columns = ranking(results)[::-1], budgets(results)
+    families = _families(results)
+    figure = _figure(2.2 + 3.6 * len(columns), (1.35 if families else 1.1) + 0.235 * len(rows))
+    axes = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+    _margins(figure, left=1.75, right=1.15, top=0.95 if families else 0.65, bottom=0.6, wspace=0.48)
+    for axis, budget in zip(axes, columns, strict=True):
+        for y, (_, variants) in enumerate(rows):
+            if budget in variants:
+                v = variants[budget]
+                _jump(
+                    axis, y, v, looks[v["name"]], f"{v['jump']['value']:.3f} ± {half_width(v['jump']):.3f}", small=True
+                )
+        _jump_axis(axis, len(rows))
+        axis.set_title(f"{budget} removed", loc="left", y=1.0, fontsize=10, color=INK, fontweight="bold")
+        axis.set_xlim(left=min(0.0, axis.get_xlim()[0]))
+        axis.tick_params(axis="y", length=0)
+    axes[0].set_yticks(range(len(rows)), [_plain(name) for name, _ in rows])
+    figure.supxlabel(
+        "validation loss just after minus just before the prune (nats per token, 95 % interval)",
+        fontsize=9.5,
+        color=INK,
+    )
+    _title(figure, "What pruning costs at once, by strategy", size=11)
+    if families:
+        _legend_above(figure, [(name, {"color": c, "marker": "o", "ls": "", "ms": 5}) for name, c in families.items()])
+    return figure
+
+
+def _jump(axis: Axes, y: int, v: Variant, look: Mapping[str, Any], text: str, small: bool = False) -> None:
+    value, half = v["jump"]["value"], half_width(v["jump"])
+    marker, size = ("o", 4.0) if small else (look["marker"], 6.5)
+    if small:
+        axis.plot([0, value], [y, y], color=look["color"], lw=1.0, alpha=0.35, zorder=2)
+    axis.errorbar(
+        value, y, xerr=half, fmt=marker, color=look["color"], ms=size, capsize=size / 2, lw=size / 4, zorder=3
+    )
+    where = axis.get_yaxis_transform()
+    axis.text(1.02, y, text, transform=where, va="center", fontsize=7.5 if small else 9, color=INK)
+
+
+def _jump_axis(axis: Axes, rows: int) -> None:
+    axis.axvline(0, color=INK, lw=1)
+    axis.set_ylim(-0.6, rows - 0.4)
+    axis.grid(axis="x", color=FAINT, lw=0.7)
+
+
+def jump_against_parameters(results: Results) -> Figure:
+    """The jump of every strategy over the share of parameters it kept: a line each, labelled where it removes most."""
+    lines, looks, families = _lines(results), _looks(results), _families(results)
+    figure = _figure(9, max(4.6, 1.7 + 0.165 * len(lines)))
+    axis = figure.subplots()
+    _margins(figure, left=0.85, right=1.75, top=0.95 if families else 0.6, bottom=0.6)
+    ends = []
+    for name, variants in lines.items():
+        points = sorted(((100 * v["parameters_kept"], v) for v in variants), key=lambda p: -p[0])
+        look = looks[points[-1][1]["name"]]
+        x, y = [p[0] for p in points], [p[1]["jump"]["value"] for p in points]
+        axis.plot([100.0, *x], [0.0, *y], color=look["color"], lw=1.1, alpha=0.8)
+        half = [half_width(p[1]["jump"]) for p in points]
+        axis.errorbar(x, y, yerr=half, fmt="o", color=look["color"], ms=3.5, lw=1.0, capsize=2)
+        ends.append((x[-1], y[-1], _plain(name), {"color": look["color"]}))
+    axis.invert_xaxis()
+    axis.axhline(0, color=INK, lw=0.9)
+    axis.grid(axis="y", color=FAINT, lw=0.7)
+    _side_labels(axis, ends)
+    axis.set_xlabel("parameters kept (%)")
+    axis.set_ylabel("loss jump at the prune (nats per token)")
+    _title(figure, "What pruning costs at once, by what is kept", size=11)
+    if families:
+        _legend_above(figure, [(name, {"color": c, "lw": 1.8}) for name, c in families.items()])
+    return figure
+
+
+def _lines(results: Results) -> dict[str, list[Variant]]:
+    """Strategy -> its variants, of strategies that were pruned to more than one size."""
+    found: dict[str, list[Variant]] = {}
+    for v in done(results):
+        if v.get("strategy") and v.get("jump"):
+            found.setdefault(_strategy(v), []).append(v)
+    return {name: vs for name, vs in found.items() if len({v["parameters_kept"] for v in vs}) > 1}
+
+
+def _strategy(v: Variant) -> str:
+    return str(v.get("strategy") or v["label"])
+
+
+def _families(results: Results) -> dict[str, str]:
+    """Family -> colour."""
+    names = dict.fromkeys(v["family"] for v in results["variants"] if v.get("family"))
+    return {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)}
 
 
 # --- experts and scores
@@ -298,8 +436,10 @@ def loss_jump(results: Results) -> Figure:
 
 def experts_kept(results: Results) -> Figure:
     """Experts left in every layer of the pruned variants."""
-    rows = [v for v in done(results) if is_pruned(v)] or done(results)
-    E, counts = results["model"]["experts"], np.array([v["experts_kept"] for v in rows])
+    shown_variants = [v for v in done(results) if is_pruned(v)] or done(results)
+    several = len(shown_variants) > MOST_ROWS
+    rows = alike(shown_variants) if several else [(v["label"], v) for v in shown_variants]
+    E, counts = results["model"]["experts"], np.array([v["experts_kept"] for _, v in rows])
     L = counts.shape[1]
     figure = _figure(8 if L <= 8 else 10, 1.3 + 0.34 * len(rows))
     axis = figure.subplots()
@@ -316,8 +456,8 @@ def experts_kept(results: Results) -> Figure:
         bar.outline.set_visible(False)
         figure.set_size_inches(10, 1.6 + 0.34 * len(rows))
         _margins(figure, left=2.75, right=1.55, top=0.5, bottom=0.95)
-    axis.set_yticks(range(len(rows)), [_label(v) for v in rows])
-    for y, v in enumerate(rows):
+    axis.set_yticks(range(len(rows)), [_short(label) for label, _ in rows])
+    for y, (_, v) in enumerate(rows):
         n = sum(v["experts_kept"])
         text = f"{n} of {E * L} ({100 * n / (E * L):.0f} %)"
         axis.text(1.02, y, text, transform=axis.get_yaxis_transform(), va="center", fontsize=9, color=INK)
@@ -460,15 +600,14 @@ def _legend_above(figure: Figure, keys: Sequence[tuple[str, dict[str, Any]]]) ->
     figure.legend(handles=handles, loc="upper left", bbox_to_anchor=where, ncols=len(keys), frameon=False, fontsize=9)
 
 
-def _mark_prune(axis: Axes, step: int | None, text: str) -> None:
-    if step is None:
-        return
-    axis.axvline(step, color=INK, lw=0.9, ls=":", zorder=1)
-    if text:
+def _mark_prune(axis: Axes, steps: Sequence[int], text: str) -> None:
+    for step in steps:
+        axis.axvline(step, color=INK, lw=0.9, ls=":", zorder=1)
+    if text and steps:
         where = axis.get_xaxis_transform()
         axis.annotate(
             text,
-            (step, 1.0),
+            (steps[0], 1.0),
             xycoords=where,
             xytext=(3, 3),
             textcoords="offset points",
@@ -523,14 +662,17 @@ def spread(positions: Sequence[float], gap: float) -> list[float]:
 
 
 def _looks(results: Results) -> dict[str, dict[str, Any]]:
-    """Colour, marker and dash of every variant, by its place among them."""
+    """Colour, marker and dash of every variant, by its place among them; of one in a family, the family's."""
     looks: dict[str, dict[str, Any]] = {}
+    families = _families(results)
     others = 0
     for v in results["variants"]:
         if v["name"] == results["reference"]:
             looks[v["name"]] = {"color": INK, "marker": "o", "ls": "-"}
         elif v["start"] == "untrained":
             looks[v["name"]] = {"color": "#777777", "marker": "o", "ls": ":"}
+        elif v.get("family"):
+            looks[v["name"]] = {"color": families[v["family"]], "marker": "o", "ls": "-"}
         else:
             colour, round_ = PALETTE[others % len(PALETTE)], others // len(PALETTE)
             marker = MARKERS[(others + round_) % len(MARKERS)]
@@ -545,7 +687,14 @@ def _plain(text: str) -> str:
 
 
 def _label(variant: Variant | None, longest: int = 38) -> str:
-    text = str(variant["label"]) if variant else ""
+    """A variant's label, with the number of its prunes if there were several."""
+    if variant is None:
+        return ""
+    n = len(variant.get("prunes") or ())
+    return _short(f"{variant['label']}{f' ({n} prunes)' if n > 1 else ''}", longest)
+
+
+def _short(text: str, longest: int = 38) -> str:
     return _plain(text if len(text) <= longest else text[: longest - 1].rstrip() + "…")
 
 

@@ -18,13 +18,28 @@ from rich import box
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from moeprune.compare.plots import METRICS, done, figures, focus, half_width, is_pruned, reference, scored
+from moeprune.compare.plots import (
+    METRICS,
+    MOST_ROWS,
+    alike,
+    budgets,
+    done,
+    figures,
+    focus,
+    half_width,
+    is_pruned,
+    ranking,
+    reference,
+    scored,
+    trained_on,
+)
 from moeprune.compare.results import NO_DIFFERENCE
 from moeprune.errors import UserError
 from moeprune.files import atomic, write_text
 
 MISSING = "-"
 MOST_COLUMNS = 12  # layers that get a column each
+TERMINAL: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 1, 0, 0), "show_edge": False}
 Results = Mapping[str, Any]
 Variant = Mapping[str, Any]
 
@@ -103,6 +118,32 @@ def write_report(results: Results, folder: Path) -> None:
 
 def terminal_table(results: Results) -> RichTable:
     """The main table for a terminal of 100 columns."""
+    return _terminal_trained(results) if trained_on(results) else _terminal_pruned(results)
+
+
+def _terminal_pruned(results: Results) -> RichTable:
+    """By ascending jump: a row per strategy, or per variant where there are no budgets."""
+    table = RichTable(**TERMINAL, caption_justify="left", width=100)
+    note = "loss jump: validation loss just after the prune - just before, nats per token, ±: 95 % interval"
+    columns = budgets(results)
+    if columns:
+        made = _ranking_table(results)
+        note += "; (+…): above the lowest of its column, if detectably"
+    else:
+        made = _pruned(results)
+    table.add_column(made.header[0], ratio=1, min_width=12)
+    for title in made.header[1:]:
+        table.add_column(Text(title), justify="right")
+    for row in made.rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    for v in results["variants"]:
+        if v["status"] != "done":
+            note += f"\n{_name(v)} failed: {_short(v['error'], 70)}"
+    table.caption = Text(note)
+    return table
+
+
+def _terminal_trained(results: Results) -> RichTable:
     place, names = scored(results)
     shown = names[:4]
     note = (
@@ -112,13 +153,7 @@ def terminal_table(results: Results) -> RichTable:
     )
     if len(names) > len(shown):
         note += f"; {len(names) - len(shown)} more scores are in the report"
-    look: dict[str, Any] = {
-        "box": box.SIMPLE_HEAD,
-        "pad_edge": False,
-        "padding": (0, 1, 0, 0),
-        "show_edge": False,
-    }
-    table = RichTable(**look, caption_justify="left", width=100)
+    table = RichTable(**TERMINAL, caption_justify="left", width=100)
     table.add_column("variant", ratio=1, min_width=12)
     for title in ("params\nkept", "experts\nkept", "loss\njump", "final\n- ref.", "step\ntime"):
         table.add_column(title, justify="right", no_wrap=True)
@@ -133,7 +168,7 @@ def terminal_table(results: Results) -> RichTable:
         cells = [
             _percent(v["parameters_kept"], 0),
             f"{sum(v['experts_kept'])}\n{_kept_in_short(v['experts_kept'])}",
-            _stacked(v["jump"]),
+            _stacked(v["jump"]) + _several(v, "\n{} prunes"),
             "reference" if v["name"] == results["reference"] else _stacked(v["vs_reference"]),
             f"{v['speed']['ratio']['median']:.2f}x" if v.get("speed") else MISSING,
             *(f"{_number(s['value'])}\n({_number(s['stderr'])})" if s else MISSING for s in scores),
@@ -148,14 +183,18 @@ def terminal_table(results: Results) -> RichTable:
 
 def headline(results: Results) -> list[str]:
     """Sentences made from the numbers; what is not detectable is called so."""
-    sentences = (
-        _setting(results),
-        _trigger(results),
-        _cut(results),
-        _final(results),
-        _tasks(results),
-        _cost(results),
-    )
+    if trained_on(results):
+        sentences = [
+            _setting(results),
+            _trigger(results),
+            _cut(results),
+            _final(results),
+            _tasks(results),
+            _cost(results),
+        ]
+    else:
+        sentences = [_setting(results), _trigger(results), *(_lowest(results, budget) for budget in budgets(results))]
+        sentences += [] if budgets(results) else [_cut(results)]
     return [sentence for sentence in sentences if sentence]
 
 
@@ -163,10 +202,15 @@ def _setting(results: Results) -> str:
     model, variants = results["model"], results["variants"]
     failed = len(variants) - len(done(results))
     control = " except for an untrained control" if any(v["start"] == "untrained" for v in variants) else ""
+    trained = (
+        f"trained for {model['steps']:,} steps{control}, were"
+        if trained_on(results)
+        else "pruned and not trained on, were"
+    )
     return (
         f"{_count(len(variants), 'variant')} of one model ({_millions(model['parameters'])} parameters, {_count(model['layers'], 'layer')}, "
-        f"{_count(model['experts'], 'expert')} each, top-{model['top_k']}), trained for {model['steps']:,} steps{control}, "
-        "were compared in the same way" + (f"; {failed} of them failed." if failed else ".")
+        f"{_count(model['experts'], 'expert')} each, top-{model['top_k']}), {trained} compared in the same way"
+        + (f"; {failed} of them failed." if failed else ".")
     )
 
 
@@ -180,6 +224,27 @@ def _trigger(results: Results) -> str:
         f"Pruning took place at step {trunk['step']:,} of {results['model']['steps']:,}, after {_millions(trunk['tokens'])} "
         f"training tokens; the trigger's reason: {trunk['reason']}."
     )
+
+
+def _lowest(results: Results, budget: str) -> str:
+    """What the ranking at a budget says: who is lowest, who is not told from it, who is highest."""
+    rows = sorted(
+        (v["jump"]["value"], name, v)
+        for name, variants in ranking(results)
+        for v in [variants.get(budget)]
+        if v is not None
+    )
+    (_, name, first), (_, other, last) = rows[0], rows[-1]
+    text = f"{budget} removed: the loss jumps least for {name} ({_plus(first['jump'])})"
+    same = [n for _, n, v in rows[1:] if v["vs_lowest"] and v["vs_lowest"]["verdict"] == NO_DIFFERENCE]
+    if same:
+        shown = _and(same) if len(same) <= 6 else f"{', '.join(same[:5])} and {len(same) - 5} others"
+        text += f", with {NO_DIFFERENCE} to {shown}"
+    return text + (f", and most for {other} ({_plus(last['jump'])})." if last is not first else ".")
+
+
+def _plus(d: Mapping[str, Any]) -> str:
+    return f"{d['value']:+.3f} ± {half_width(d):.3f}"
 
 
 def _cut(results: Results) -> str:
@@ -196,10 +261,14 @@ def _cut(results: Results) -> str:
     if v["jump"]:
         word = {"higher": "rose", "lower": "fell"}.get(v["jump"]["verdict"])
         by = f"{abs(v['jump']['value']):.3f} ± {half_width(v['jump']):.3f} nats per token"
+        steps = [prune["step"] for prune in v.get("prunes") or ()]
+        when = (
+            "At the prune" if len(steps) < 2 else f"At its {len(steps)} prunes, steps {_and(map(str, steps))} together,"
+        )
         text += (
-            f". At the prune its validation loss {word} by {by}"
+            f". {when} its validation loss {word} by {by}"
             if word
-            else f". At the prune: {NO_DIFFERENCE} in validation loss"
+            else f". {when.rstrip(',')}: {NO_DIFFERENCE} in validation loss"
         )
     return text + "."
 
@@ -275,8 +344,14 @@ def _cost(results: Results) -> str:
 
 def sections(results: Results) -> list[Section]:
     """What the report says after the headline."""
+    trained = trained_on(results)
+    if trained:
+        overview = Section("Overview", [OVERVIEW + _of_several(results)], ["loss_jump"], [_main(results)])
+    else:
+        plots = ["loss_jump", "jump_against_parameters"]
+        overview = Section("Overview", [PRUNED], plots, [_ranking_table(results), _pruned(results)])
     made = [
-        Section("Overview", [OVERVIEW], ["loss_jump"], [_main(results)]),
+        overview,
         Section("How the experts' loads developed", [LOADS], ["load_shares", "load_inequality"]),
         Section("Experts kept", [KEPT], ["experts_kept"], _kept(results)),
         Section("Validation loss", [LOSSES], ["loss_curves"], [_domains(results)]),
@@ -284,7 +359,7 @@ def sections(results: Results) -> list[Section]:
         Section("Speed and memory", [SPEED], (), [_speed(results)]),
         Section("Failed variants", ["They count in no number of this report."], (), [_failures(results)]),
         Section("How it was run", (), (), [_run(results)]),
-        Section("What the statistics carry", _statistics(results)),
+        Section("What the statistics carry", _statistics(results) if trained else _statistics_of_prunes(results)),
         Section("Files", ["Plans and configurations, relative to this report."], (), [_files(results)]),
         Section("Terms", terms=TERMS),
     ]
@@ -314,7 +389,7 @@ def _main(results: Results) -> Table:
                 _millions(v["parameters"]),
                 _percent(v["parameters_kept"]),
                 f"{sum(v['experts_kept']):,}\n({_kept_in_short(v['experts_kept'])})",
-                _difference(v["jump"]),
+                _difference(v["jump"]) + _several(v, "\n(sum of {} prunes)"),
                 _number(v["val_loss"]["end"]["mean"]),
                 "reference" if v["name"] == results["reference"] else _difference(v["vs_reference"]),
                 f"{speed['ratio']['median']:.2f}\n({speed['ratio']['q1']:.2f} to {speed['ratio']['q3']:.2f})"
@@ -323,6 +398,45 @@ def _main(results: Results) -> Table:
             ]
         )
     return Table(header, rows)
+
+
+def _ranking_table(results: Results) -> Table:
+    """A row per strategy, a jump per budget; for comparisons without training on."""
+    columns = budgets(results)
+    rows: list[list[str | Link]] = []
+    for name, variants in ranking(results):
+        kept = [v for budget in columns if (v := variants.get(budget))]
+        experts = " / ".join(f"{sum(v['experts_kept']):,}" for v in kept)
+        jumps = [_ranked(variants[budget]) if budget in variants else MISSING for budget in columns]
+        rows.append([name, kept[0].get("family") or MISSING, experts, *jumps])
+    return Table(["strategy", "family", "experts kept", *(f"loss jump, {budget} removed" for budget in columns)], rows)
+
+
+def _ranked(v: Variant) -> str:
+    above = v["vs_lowest"]
+    text = _plus(v["jump"])
+    if above is None:
+        return f"{text} (lowest)"
+    return text if above["verdict"] == NO_DIFFERENCE else f"{text} (+{abs(above['value']):.3f})"
+
+
+def _pruned(results: Results) -> Table:
+    """Every variant, by ascending jump; those that failed last."""
+    ran = sorted(done(results), key=lambda v: v["jump"]["value"] if v["jump"] else float("-inf"))
+    rows: list[list[str | Link]] = [
+        [
+            v["label"],
+            _millions(v["parameters"]),
+            _percent(v["parameters_kept"]),
+            f"{sum(v['experts_kept']):,} ({_kept_in_short(v['experts_kept'])})",
+            _plus(v["jump"]) + (f" ({NO_DIFFERENCE})" if v["jump"]["verdict"] == NO_DIFFERENCE else "")
+            if v["jump"]
+            else MISSING,
+        ]
+        for v in ran
+    ]
+    rows += [[v["label"], *[MISSING] * 3, "failed"] for v in results["variants"] if v["status"] != "done"]
+    return Table(["variant", "parameters", "kept", "experts kept", "loss jump at the prune"], rows)
 
 
 def _kept(results: Results) -> list[Table]:
@@ -335,28 +449,38 @@ def _kept(results: Results) -> list[Table]:
     ]
     kept: list[list[str | Link]] = []
     removed: list[list[str | Link]] = []
-    for v in done(results):
-        n, load = v["experts_kept"], v["removed_load"]
+    ran = done(results)
+    for label, v in alike(ran) if len(ran) > MOST_ROWS else [(v["label"], v) for v in ran]:
+        n = v["experts_kept"]
         kept.append(
             [
-                v["label"],
+                label,
                 f"{sum(n):,}",
                 *(map(str, n) if few else (str(min(n)), str(max(n)), _run_lengths(n))),
             ]
         )
-        if load:
-            betas = _betas(v, L)
-            bound = _percents(betas) if betas else MISSING
-            cells = [_percent(x) for x in (load if few else (min(load), sorted(load)[len(load) // 2], max(load)))]
-            removed.append([v["label"], bound, *cells])
+    for v in ran:
+        prunes = v.get("prunes") or [v]
+        for number, prune in enumerate(prunes, 1):
+            load = prune["removed_load"]
+            if load:
+                betas = _betas(v, L) if len(prunes) == 1 else []
+                bound = _percents(betas) if betas else MISSING
+                which = f", step {prune['step']} ({number} of {len(prunes)})" if len(prunes) > 1 else ""
+                cells = [_percent(x) for x in (load if few else (min(load), sorted(load)[len(load) // 2], max(load)))]
+                removed.append([f"{v['label']}{which}", bound, *cells])
     layers = [f"layer {i}" for i in range(L)] if few else ["least", "median", "most"]
     return [Table(header, kept), Table(["load removed", "bound (beta)", *layers], removed)]
 
 
 def _domains(results: Results) -> Table:
     rows: list[list[str | Link]] = []
-    names = {"before": "before the prune", "after": "after the prune", "end": "end of training"}
+    trained = trained_on(results)
     for v in done(results):
+        first, last = ("first ", "last ") if len(v.get("prunes") or ()) > 1 else ("", "")
+        names = {"before": f"before the {first}prune", "after": f"after the {last}prune", "end": "end of training"}
+        if not trained:  # all have the same loss before, which is the reference's
+            names = {"after": "after the prune"} if v["jump"] else {"end": "before the prunes"}
         for when, name in names.items():
             loss = v["val_loss"][when]
             if loss:
@@ -416,7 +540,7 @@ def _speed(results: Results) -> Table:
         "peak memory",
     ]
     rows: list[list[str | Link]] = []
-    for v in done(results):
+    for v in done(results) if trained_on(results) else []:
         s, m = v.get("speed"), v["memory"]
         ms = {k: f"{1000 * x:.1f}" for k, x in s["step_seconds"].items()} if s else {}
         speed = (
@@ -450,17 +574,21 @@ def _run(results: Results) -> Table:
         f"; the first {trunk['step']:,} steps are shared by the variants that start from the trunk" if trunk else ""
     )
     limit = "all documents" if results["limit"] is None else f"{results['limit']} documents per task"
+    suite = "none" if results["suite"] is None else f"{results['suite']}, {limit}"
+    training = f"{model['steps']:,} steps of {model['tokens_per_step']:,} tokens: {tokens:,} tokens for each trained variant{shared}"
+    if trunk and not trained_on(results):
+        training = (
+            f"{trunk['step']:,} of {model['steps']:,} steps of {model['tokens_per_step']:,} tokens, once; every variant is "
+            f"a prune of that model, and none trained on"
+        )
     rows: list[list[str | Link]] = [
         [
             "model",
             f"{model['parameters']:,} parameters, {_count(model['layers'], 'layer')}, {_count(model['experts'], 'expert')} per layer, top-{model['top_k']}",
         ],
-        [
-            "training",
-            f"{model['steps']:,} steps of {model['tokens_per_step']:,} tokens: {tokens:,} tokens for each trained variant{shared}",
-        ],
+        ["training", training],
         ["data", "domains: " + ", ".join(results["domains"])],
-        ["suite", f"{results['suite']}, {limit}"],
+        ["suite", suite],
         [
             "machine",
             f"{machine['processor']}, {_count(machine['cores'], 'core')}, {_count(machine['workers'], 'worker')} at a time",
@@ -496,6 +624,19 @@ def _statistics(results: Results) -> list[str]:
     ]
 
 
+def _statistics_of_prunes(results: Results) -> list[str]:
+    return [
+        "Jumps are paired: the same validation sequences just before and just after the prune. ± is half a 95 % interval of the "
+        f"paired difference; one inside its interval is called “{NO_DIFFERENCE}”, which is no proof of equality.",
+        "The sequences are a sample, and that is all the intervals know of: the model was trained once, with one seed, and pruned "
+        "at one moment. Another seed may well rank strategies otherwise where their jumps lie close.",
+        "Differences to the lowest of a budget are paired as well. The lowest of many is lower by luck in part, and about one "
+        "in twenty comparisons stands out by chance alone; nothing here is corrected for their number.",
+        "A jump is measured before any further training, which makes up for much of it, and not for the same part everywhere: a "
+        "ranking of jumps is no ranking of final models.",
+    ]
+
+
 def _files(results: Results) -> Table:
     rows = [
         [v["label"], *(Link(Path(v[k]).name, v[k]) if v.get(k) else MISSING for k in ("plan", "config"))]
@@ -521,6 +662,11 @@ OVERVIEW = (
     "Losses are in nats per token on the validation split. ± is half a 95 % interval of the paired difference. Step time below 1 "
     "is faster than the reference; quartiles in parentheses."
 )
+PRUNED = (
+    "Loss jump: validation loss just after the prune minus just before, in nats per token, ± half of its 95 % interval. In the "
+    "first table (+…) is how far a jump lies above the lowest of its column, where that is detectable; what carries no "
+    "such mark is not told from the lowest."
+)
 LOADS = (
     "A layer's load is how its tokens spread over its experts. Early on the shares move; later each expert's share settles, and "
     "the shares are unequal. Pruning takes out experts that receive few tokens."
@@ -536,6 +682,7 @@ CAPTIONS = {
     "load_shares": "Share of the layer's tokens per expert over training. Experts that were cut end at the prune.",
     "load_inequality": "Gini coefficient of each layer's loads on the trunk and on in the reference, which keeps all experts.",
     "loss_jump": "Validation loss just after minus just before the prune, same weights but for the experts cut.",
+    "jump_against_parameters": "The same jumps against the share of the model's parameters that is kept, a line per strategy.",
     "loss_curves": "Training loss, smoothed; below, the difference to the reference in the steps after the prune.",
     "experts_kept": "Experts kept in each layer.",
     "score_against_parameters": "Score against parameters kept. Points of nearly equal share are set side by side. "
@@ -588,6 +735,19 @@ def _betas(v: Variant, layers: int) -> list[float]:
     except ValueError:
         return []
     return values * layers if len(values) == 1 else values if len(values) == layers else []
+
+
+def _several(v: Variant, text: str) -> str:
+    """`text` with the number of prunes, if there were several."""
+    n = len(v.get("prunes") or ())
+    return text.format(n) if n > 1 else ""
+
+
+def _of_several(results: Results) -> str:
+    """What a jump is where a variant was pruned several times."""
+    if not any(_several(v, "{}") for v in done(results)):
+        return ""
+    return " Of several prunes the jump is the sum, which leaves out what training between them gained."
 
 
 def _difference(d: Mapping[str, Any] | None) -> str:

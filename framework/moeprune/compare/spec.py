@@ -70,25 +70,41 @@ class Sweep:
 
     Args:
         ratios: shares of the experts to remove, in (0, 1).
-        families: short names of pruners that take a ratio, by family.
+        families: pruners that take a ratio, by family: a short name, or `name: {class_path, init_args}` for one with options.
 
     Raises:
-        UserError: a ratio out of range, no pruner, or one twice.
+        UserError: a ratio out of range, no pruner, one twice, or something else than a pruner.
     """
 
     ratios: list[float]
-    families: dict[str, list[str]]
+    families: dict[str, list[Any]]
 
     def __post_init__(self) -> None:
         for ratio in self.ratios:
             if not 0 < ratio < 1:
                 raise UserError(f"sweep.ratios must lie in (0, 1), got {ratio}; they are shares of experts to remove")
-        names = [name for family in self.families.values() for name in family]
+        names = [name for _, name, _ in self.pruners()]
         if not names or not self.ratios:
             raise UserError("the sweep is empty; give sweep.ratios, and pruners under sweep.families")
         for name in names:
             if names.count(name) > 1:
-                raise UserError(f"the sweep names the pruner {name!r} twice; keep one")
+                raise UserError(f"the sweep names {name!r} twice; keep one, or give one of them another name")
+
+    def pruners(self) -> list[tuple[str, str, dict[str, Any]]]:
+        """Family, name and configuration of each, in order."""
+        found = []
+        for family, entries in self.families.items():
+            for entry in entries:
+                if isinstance(entry, str):
+                    name, config = entry, {"class_path": entry}
+                elif isinstance(entry, dict) and len(entry) == 1 and isinstance(next(iter(entry.values())), dict):
+                    ((name, config),) = entry.items()
+                else:
+                    raise UserError(
+                        f"sweep.families: {entry!r} is neither a short name nor `name: {{class_path, init_args}}`"
+                    )
+                found.append((family, name, config))
+        return found
 
     def variants(self) -> dict[str, dict[str, Any]]:
         """What one would write under `variants:`, family by family."""
@@ -98,10 +114,11 @@ class Sweep:
                 "strategy": name,
                 "family": family,
                 "budget": f"{100 * ratio:g} %",
-                "config": {"pruning": {"pruner": {"class_path": name, "init_args": {"ratio": ratio}}}},
+                "config": {
+                    "pruning": {"pruner": {**config, "init_args": {**(config.get("init_args") or {}), "ratio": ratio}}}
+                },
             }
-            for family, names in self.families.items()
-            for name in names
+            for family, name, config in self.pruners()
             for ratio in self.ratios
         }
 

@@ -133,7 +133,8 @@ class MoELanguageModel(pl.LightningModule):
         loss = sequence_losses(logits, batch[:, 1:]).mean()
         total = loss
         for balancer in self.balancers:
-            with torch.set_grad_enabled(balancer.coefficient > 0 and torch.is_grad_enabled()):
+            exact = torch.autocast(self.device.type, enabled=False)  # routing is float32, and so are its losses
+            with exact, torch.set_grad_enabled(balancer.coefficient > 0 and torch.is_grad_enabled()):
                 terms = [balancer.loss(r, layer.router) for r, layer in zip(routings, layers, strict=True)]
                 term = torch.stack(terms).mean()
             if balancer.coefficient > 0:

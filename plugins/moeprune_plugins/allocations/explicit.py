@@ -23,6 +23,8 @@ class Explicit(Allocation):
         n_kept: experts to keep, one number per layer.
     """
 
+    exact = True  # bounds that its numbers break are refused, not obeyed
+
     def __init__(self, n_kept: list[int]) -> None:
         self.n_kept = n_kept
 

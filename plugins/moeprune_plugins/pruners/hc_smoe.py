@@ -17,7 +17,7 @@ Linkage = Literal["average", "complete", "single", "ward"]
 
 
 class HCSMoE(Pruner):
-    """Clusters the experts of a layer by the distance of their mean outputs and merges each cluster into its most frequent one.
+    """Clusters a layer's experts by their mean outputs and merges each cluster into its most frequent one.
 
     Agglomerative clustering, Euclidean, down to as many clusters as the layer keeps experts; the merged weights are the mean,
     weighted by the number of tokens routed to each. Of two equal numbers of tokens the higher id stays. With a group-limited

@@ -8,7 +8,7 @@ from moeprune.pruning.statistic import Seen, Statistic
 
 
 class LogitGram(Statistic):
-    """[E, E] sum over tokens of the products of the router's logits for two experts.
+    """Sum over tokens of the products of the router's logits for two experts, [E, E].
 
     Every token counts for every expert, wherever it was routed. Divided by the roots of its diagonal it holds the cosines between experts' logits.
 

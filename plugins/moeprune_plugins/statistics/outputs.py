@@ -24,7 +24,7 @@ class MaxOutput(Statistic):
 
 
 class MeanOutput(Statistic):
-    """[E, D] mean of f(t) over the tokens routed to the expert; 0 without tokens.
+    """Mean of f(t) over the tokens routed to the expert, [E, D]; 0 without tokens.
 
     Source: the constants that MoNE (arXiv 2507.00390) puts in place of experts. HC-SMoE (arXiv 2410.08589) clusters means over
     all tokens, whether routed to the expert or not, which would take every expert on every token.
