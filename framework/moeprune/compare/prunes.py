@@ -97,7 +97,7 @@ class _Trunk:
         self.place, self._shared = place, job_folder(folder, TRUNK)
         made = cli.run(arguments(comparison, folder, place, config), execute=False)
         self.data = made.datamodule
-        self.pruning = next(each for each in made.trainer.callbacks if isinstance(each, ExpertPruning))
+        self.pruning = next(each for each in made.trainer.callbacks if isinstance(each, ExpertPruning))  # type: ignore[attr-defined]
         self.checkpoint = checkpoints.read(self._shared / "trunk.ckpt")
 
     @cached_property

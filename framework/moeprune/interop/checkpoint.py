@@ -66,6 +66,8 @@ def tokenizer(path: Path) -> Any:
     Raises:
         UserError: there is none.
     """
+    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+        raise UserError(f"{path} holds no tokenizer (tokenizer.json, tokenizer.model, ...); put the model's tokenizer there")
     try:
         return library().AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError) as error:

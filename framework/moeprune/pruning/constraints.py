@@ -197,6 +197,12 @@ class Constraints:
 
     def for_router(self, n_groups: int, min_experts: int) -> Constraints:
         """These constraints for a router that limits its choice to `n_groups` groups and needs `min_experts` to work."""
+        most = self.max_keep if isinstance(self.max_keep, list) else [self.max_keep]
+        if low := [n for n in most if n is not None and n < min_experts]:
+            raise UserError(
+                f"max_keep={low[0]} is below {min_experts}, the fewest experts that the router works with (its top_k and groups); "
+                f"raise max_keep"
+            )
         least = self.min_keep if isinstance(self.min_keep, list) else [self.min_keep]
         raised = [max(n, min_experts) for n in least] if min_experts > 1 else least
         return replace(
