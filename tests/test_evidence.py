@@ -259,7 +259,7 @@ def test_spoiled_evidence(
 @pytest.mark.parametrize("name", ["a", "pruned"])
 def test_calibrate_measures_what_recording_does(folder: Path, corpus: Path, name: str) -> None:
     saved = store.load(folder / f"{name}_evidence")
-    subject = checkpoints.load(folder / name)
+    subject = checkpoints.read(folder / name).model()
     data = TextData(str(corpus), None, 300, 16, 2)
     drawn = data.training_batches(5, CALIBRATION_SEED_OFFSET)
     assert same(saved, record(subject, [drawn.batch(i) for i in range(5)], SAVED))

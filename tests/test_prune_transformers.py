@@ -211,3 +211,12 @@ def test_a_full_disk_leaves_nothing(
     assert run("prune", folder, *REAP, f"--data={folder / 'text.txt'}", f"--output={tmp_path / 'out'}") == 2
     assert "No space left" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_load_takes_either_kind(folder: Path, tmp_path: Path) -> None:
+    import moeprune
+
+    tokens = torch.arange(3, 12)[None]
+    assert moeprune.load(folder / "model")(tokens).logits.shape == (1, 9, 64)
+    assert run("prune", folder, "--pruner=random", "--pruner.allocation=global", f"--output={tmp_path / 'cut'}") == 0
+    assert moeprune.load(str(tmp_path / "cut"))(tokens).logits.shape == (1, 9, 64)

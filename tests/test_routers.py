@@ -504,7 +504,7 @@ def test_router_survives_surgery_and_checkpoints(case: str, tmp_path: Path) -> N
     assert ("blocks.0.moe.router.selection_bias" in model.state_dict()) == (case in ("softmax-bias", "sigmoid-groups"))
     ids = [list(layer.ids) for layer in model.moe_layers]
     checkpoints.export(checkpoints.Checkpoint(model.config, ids, model.state_dict()), tmp_path / "out")
-    again = checkpoints.load(tmp_path / "out")
+    again = checkpoints.read(tmp_path / "out").model()
     with torch.no_grad():
         assert torch.equal(again(x), model(x))
 
@@ -529,7 +529,7 @@ def test_trains_and_prunes(options: list[str], corpus: Path, tmp_path: Path) -> 
     assert main(["fit", f"--config={ROOT / 'recipes' / 'base.yaml'}", *where, *data, *prune, *options]) == 0
     assert len(read_rows(tmp_path / "history.jsonl")) == 5
     [checkpoint] = list(tmp_path.rglob("last.ckpt"))
-    model = checkpoints.load(checkpoint)
+    model = checkpoints.read(checkpoint).model()
     assert [layer.n_experts for layer in model.moe_layers] == [24] * 4
     for layer in model.moe_layers:
         groups = [sum(i // 8 == g for i in layer.ids) for g in range(4)]

@@ -111,7 +111,7 @@ def test_prunes_and_goes_on(straight: Path) -> None:
     assert [row["step"] for row in loads] == [4, 8, 14, 18]
     assert all(sum(layer) == 2 * 4 * 4 * 16 for row in loads for layer in row["loads"])
     assert [len(layer) for layer in loads[-1]["loads"]] == plan["num_experts_per_layer"]
-    model = checkpoints.load(straight / "last.ckpt")
+    model = checkpoints.read(straight / "last.ckpt").model()
     assert [list(layer.ids) for layer in model.moe_layers] == plan["kept"]
     assert model(torch.zeros(1, 16, dtype=torch.int64)).shape == (1, 16, 300)
 
@@ -252,7 +252,7 @@ def test_validate_test_predict(
         assert main([command, f"--config={recipe}", *where]) == 0
     predictions = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     assert [p["domain"] for p in predictions] == ["code"] * 4 + ["sky"] * 4
-    model = checkpoints.load(straight / "last.ckpt")
+    model = checkpoints.read(straight / "last.ckpt").model()
     tokens = torch.tensor([predictions[5]["tokens"]])
     with torch.no_grad():
         log_probs = model(tokens[:, :-1]).log_softmax(-1).gather(-1, tokens[:, 1:, None])[0, :, 0]
@@ -357,7 +357,7 @@ def test_prune_command(recipe: Path, straight: Path, tmp_path: Path, capsys: pyt
     assert json.loads((out / "config.json").read_text())["num_experts_per_layer"] == [len(i) for i in after.expert_ids]
     x = torch.arange(16)[None]
     with torch.no_grad():
-        assert torch.equal(checkpoints.load(out)(x), after.model()(x))
+        assert torch.equal(checkpoints.read(out).model()(x), after.model()(x))
     assert main(["prune", f"--model={out}", "--pruner=laep", f"--output={out}"]) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert main(["evaluate", f"--model={out}", "--suite=offlin"]) == 2

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moeprune.checkpoints import load as load
+    from moeprune.interop import load as load
     from moeprune.model.config import MoEConfig as MoEConfig
     from moeprune.model.transformer import MoETransformer as MoETransformer
     from moeprune.pruning.constraints import Constraints as Constraints
@@ -33,7 +33,7 @@ _HOMES = {
     "PrunePlan": "moeprune.pruning.plan",
     "Pruner": "moeprune.pruning.pruner",
     "create": "moeprune.registry",
-    "load": "moeprune.checkpoints",
+    "load": "moeprune.interop",
 }
 __all__ = [
     "Allocation",

@@ -162,15 +162,6 @@ def read_lightning(path: str | Path) -> dict[str, Any]:
     return data
 
 
-def load(path: str | Path) -> MoETransformer:
-    """The model of a checkpoint file or exported folder, ready for `model(tokens)`: evaluation mode, on the CPU.
-
-    Raises:
-        UserError: see `read`.
-    """
-    return read(path).model()
-
-
 def export(checkpoint: Checkpoint, path: str | Path, overwrite: bool = False) -> None:
     """Write a folder: complete, or not there.
 

@@ -26,6 +26,7 @@ DASHES = ("-", "--", ":")
 MOST_PANELS = 12
 MOST_ROWS = 20  # variants that get a row each where those that keep equal numbers can share one
 DPI = 150
+NARROW = {"columnspacing": 1.3, "handletextpad": 0.5, "handlelength": 1.4}  # legends of many families
 METRICS = {"acc": "accuracy", "doc_bpb": "bits per byte"}
 Results = Mapping[str, Any]
 Variant = Mapping[str, Any]
@@ -155,7 +156,7 @@ def load_shares(results: Results) -> Figure:
     some = f", {len(layers)} of {L} layers" if len(layers) < L else ""
     title = f"Load of every expert{some}"
     _title(figure, f"{title}; {_label(shown)} cuts the orange ones" if cuts and shown else title)
-    keys: list[tuple[str, dict[str, Any]]] = [("kept experts", {"color": MUTED, "lw": 1.5})]
+    keys: list[tuple[str, dict[str, Any]]] = [("kept experts" if cuts else "experts", {"color": MUTED, "lw": 1.5})]
     if cuts:
         keys.insert(0, ("experts that were cut", {"color": ACCENT, "lw": 1.5}))
     keys.append(("uniform share (1 / experts)", {"color": INK, "lw": 1.0, "ls": (0, (4, 3))}))
@@ -388,9 +389,9 @@ def _jump_axis(axis: Axes, rows: int) -> None:
 def jump_against_parameters(results: Results) -> Figure:
     """The jump of every strategy over the share of parameters it kept: a line each, labelled where it removes most."""
     lines, looks, families = _lines(results), _looks(results), _families(results)
-    figure = _figure(9, max(4.6, 1.7 + 0.165 * len(lines)))
+    figure = _figure(9.4, max(4.6, 1.7 + 0.165 * len(lines)))
     axis = figure.subplots()
-    _margins(figure, left=0.85, right=1.75, top=0.95 if families else 0.6, bottom=0.6)
+    _margins(figure, left=0.85, right=2.1, top=0.95 if families else 0.6, bottom=0.6)
     ends = []
     for name, variants in lines.items():
         points = sorted(((100 * v["parameters_kept"], v) for v in variants), key=lambda p: -p[0])
@@ -597,7 +598,9 @@ def _legend_above(figure: Figure, keys: Sequence[tuple[str, dict[str, Any]]]) ->
     width, height = figure.get_size_inches()
     handles = [_line(label=label, **look) for label, look in keys]
     where = (0.05 / width, 1 - 0.38 / height)
-    figure.legend(handles=handles, loc="upper left", bbox_to_anchor=where, ncols=len(keys), frameon=False, fontsize=9)
+    figure.legend(
+        handles=handles, loc="upper left", bbox_to_anchor=where, ncols=len(keys), frameon=False, fontsize=9, **NARROW
+    )
 
 
 def _mark_prune(axis: Axes, steps: Sequence[int], text: str) -> None:

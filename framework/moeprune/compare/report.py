@@ -127,7 +127,7 @@ def _terminal_pruned(results: Results) -> RichTable:
     note = "loss jump: validation loss just after the prune - just before, nats per token, ±: 95 % interval"
     columns = budgets(results)
     if columns:
-        made = _ranking_table(results)
+        made = _without(_ranking_table(results), "family")
         note += "; (+…): above the lowest of its column, if detectably"
     else:
         made = _pruned(results)
@@ -349,7 +349,8 @@ def sections(results: Results) -> list[Section]:
         overview = Section("Overview", [OVERVIEW + _of_several(results)], ["loss_jump"], [_main(results)])
     else:
         plots = ["loss_jump", "jump_against_parameters"]
-        overview = Section("Overview", [PRUNED], plots, [_ranking_table(results), _pruned(results)])
+        text = PRUNED + (ABOVE if budgets(results) else "")
+        overview = Section("Overview", [text], plots, [_ranking_table(results), _pruned(results)])
     made = [
         overview,
         Section("How the experts' loads developed", [LOADS], ["load_shares", "load_inequality"]),
@@ -410,6 +411,13 @@ def _ranking_table(results: Results) -> Table:
         jumps = [_ranked(variants[budget]) if budget in variants else MISSING for budget in columns]
         rows.append([name, kept[0].get("family") or MISSING, experts, *jumps])
     return Table(["strategy", "family", "experts kept", *(f"loss jump, {budget} removed" for budget in columns)], rows)
+
+
+def _without(table: Table, column: str) -> Table:
+    i = list(table.header).index(column)
+    return Table(
+        [*table.header[:i], *table.header[i + 1 :]], [[*row[:i], *row[i + 1 :]] for row in table.rows], table.words
+    )
 
 
 def _ranked(v: Variant) -> str:
@@ -663,8 +671,10 @@ OVERVIEW = (
     "is faster than the reference; quartiles in parentheses."
 )
 PRUNED = (
-    "Loss jump: validation loss just after the prune minus just before, in nats per token, ± half of its 95 % interval. In the "
-    "first table (+…) is how far a jump lies above the lowest of its column, where that is detectable; what carries no "
+    "Loss jump: validation loss just after the prune minus just before, in nats per token, ± half of its 95 % interval."
+)
+ABOVE = (
+    " In the first table (+…) is how far a jump lies above the lowest of its column, where that is detectable; what carries no "
     "such mark is not told from the lowest."
 )
 LOADS = (

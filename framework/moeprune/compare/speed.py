@@ -31,7 +31,7 @@ def main(comparison: Comparison, folder: Path, names: list[str], path: Path) -> 
     models, optimizers = {}, {}
     for name in names:
         cli = built(comparison, folder, name)
-        cli.model.model = checkpoints.load(job_folder(folder, name) / "last.ckpt").train()
+        cli.model.model = checkpoints.read(job_folder(folder, name) / "last.ckpt").model().train()
         models[name] = cli.model
         optimizers[name] = torch.optim.AdamW(cli.model.parameters(), lr=1e-6, fused=True)
         if name == names[0]:

@@ -23,6 +23,7 @@ from moeprune.errors import UserError
 
 _NAME = re.compile(rb"""^["']?(?:task|group)["']?:[ \t]*["']?([^\s"'#]+)["']?[ \t]*$""", re.MULTILINE)
 _INCLUDE = re.compile(rb"""^["']?include["']?:[ \t]*["']?([^\s"'#]+)["']?[ \t]*$""", re.MULTILINE)
+_TAG = re.compile(rb"""^["']?tag["']?:[ \t]*(\[[^]]*\]|[^\s#]+|(?:\s*\n[ \t]*-[^\n]*)+)""", re.MULTILINE)
 GENERATED = "made by the task"
 
 
@@ -72,7 +73,7 @@ class Catalogue:
         entry = self._manager.task_index.get(name)
         if entry is not None and entry.kind.name != "TAG":
             return []
-        return [_named()[name].parent] if name in _named() else _tagged(name)
+        return [*([_named()[name].parent] if name in _named() else []), *(_tagged(name) if name in _tags() else [])]
 
     def _children(self, name: str) -> list[str]:
         entry = self._manager.task_index[name]
@@ -151,6 +152,13 @@ def _named() -> dict[str, Path]:
             for name in _NAME.findall(text):
                 found.setdefault(name.decode(), path)
     return found
+
+
+@cache
+def _tags() -> set[str]:
+    """Every name that some file uses as a tag."""
+    blocks = (block for text in _texts().values() for block in _TAG.findall(text))
+    return {tag.decode() for block in blocks for tag in re.findall(rb"[^\s\[\]\"',]+", block)}
 
 
 @cache

@@ -11,7 +11,8 @@ from moeprune.model.config import MoEConfig
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention with rotary embedding (arXiv 2104.09864, halves rotated).
+    """Causal grouped-query attention with rotary embedding (arXiv 2104.09864, halves rotated) and, if asked for, RMSNorm of
+    queries and keys before it.
 
     Args:
         config: sizes.
@@ -20,9 +21,12 @@ class Attention(nn.Module):
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
         self.n_heads, self.kv_heads = config.n_heads, config.kv_heads
-        head = config.d_model // config.n_heads
+        head, self.qk_norm = config.head_width, config.qk_norm
         self.qkv = nn.Linear(config.d_model, (config.n_heads + 2 * config.kv_heads) * head, bias=False)
-        self.out = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.out = nn.Linear(config.n_heads * head, config.d_model, bias=False)
+        if self.qk_norm != "none":
+            widths = [head if self.qk_norm == "head" else n * head for n in (config.n_heads, config.kv_heads)]
+            self.q_norm, self.k_norm = (nn.RMSNorm(width, eps=config.norm_eps) for width in widths)
         nn.init.normal_(self.qkv.weight, std=0.03)
         nn.init.normal_(self.out.weight, std=0.02 / (2 * config.n_layers) ** 0.5)
 
@@ -35,11 +39,20 @@ class Attention(nn.Module):
         """[B, S, D] from x [B, S, D] and the rotary tables [S, head / 2]."""
         heads = rearrange(self.project(x), "b s (h c) -> b h s c", h=self.n_heads + 2 * self.kv_heads)
         q, k, v = torch.split(heads, [self.n_heads, self.kv_heads, self.kv_heads], dim=1)
+        if self.qk_norm != "none":
+            q, k = self._normed(q, self.q_norm), self._normed(k, self.k_norm)
         y = F.scaled_dot_product_attention(
             rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True, enable_gqa=self.kv_heads != self.n_heads
         )
         out: Tensor = self.out(rearrange(y, "b h s c -> b s (h c)"))
         return out
+
+    def _normed(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """`norm` of x [B, H, S, C], of each head or of all heads of a position together."""
+        if self.qk_norm == "head":
+            of_heads: Tensor = norm(x)
+            return of_heads
+        return rearrange(norm(rearrange(x, "b h s c -> b s (h c)")), "b s (h c) -> b h s c", h=x.shape[1])
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -51,6 +51,29 @@ def grouped_swiglu(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor,
     return out
 
 
+@torch.no_grad()
+def each_swiglu(x: Tensor, indices: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """[T, K, D] output of each chosen expert before the combine weight: what calibration measures. Shapes as in `grouped_swiglu`."""
+    (T, K), (E, F2, D) = indices.shape, gate_up.shape
+    f = F2 // 2
+    flat = indices.reshape(-1).to(torch.int32)
+    order = flat.argsort(stable=True)
+    token = order // K
+    out = x.new_empty(T * K, D)
+    rows = min(T * K, ROWS_PER_BLOCK)
+    gu_, h_, y_ = x.new_empty(rows, F2), x.new_empty(rows, f), x.new_empty(rows, D)
+    gate_up_t, down_t = gate_up.transpose(1, 2).unbind(0), down.transpose(1, 2).unbind(0)
+    for a, b, pieces in _blocks(torch.bincount(flat, minlength=E).tolist(), ROWS_PER_BLOCK):
+        xs, gu, h, y = x.index_select(0, token[a:b]), gu_[: b - a], h_[: b - a], y_[: b - a]
+        for e, i, j in pieces:
+            torch.mm(xs[i - a : j - a], gate_up_t[e], out=gu[i - a : j - a])
+        torch.mul(F.silu(gu[:, :f]), gu[:, f:], out=h)
+        for e, i, j in pieces:
+            torch.mm(h[i - a : j - a], down_t[e], out=y[i - a : j - a])
+        out.index_copy_(0, order[a:b], y)
+    return out.view(T, K, D)
+
+
 def _blocks(counts: Sequence[int], rows: int) -> list[tuple[int, int, list[tuple[int, int, int]]]]:
     """Cut the sorted rows into blocks of at most `rows`: (start, end, [(expert, start, end), ...]) each."""
     blocks: list[tuple[int, int, list[tuple[int, int, int]]]] = []
@@ -167,3 +190,8 @@ class Experts(nn.Module):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
         return self.backend(x, indices, weights, gate_up, down)
+
+    def each(self, x: Tensor, indices: Tensor) -> Tensor:
+        """[T, K, D] output of each chosen expert before the combine weight, without gradients."""
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        return each_swiglu(x.to(dtype), indices, self.gate_up.to(dtype), self.down.to(dtype))

@@ -1,4 +1,4 @@
-"""A decoder-only transformer: RMSNorm, rotary attention, MoE layers, untied output head with bias."""
+"""A decoder-only transformer: RMSNorm, rotary attention, MoE layers, output head."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from moeprune.errors import UserError
@@ -40,6 +41,32 @@ class Block(nn.Module):
         return x + y.view_as(x), replace(routing, n_sequences=x.shape[0])
 
 
+class TiedHead(nn.Module):
+    """An output head whose weight is the embedding's; the model has it once.
+
+    Args:
+        embedding: of the tokens.
+        bias: whether there is one.
+    """
+
+    bias: nn.Parameter | None
+    _embedding: nn.Embedding
+
+    def __init__(self, embedding: nn.Embedding, bias: bool) -> None:
+        super().__init__()
+        object.__setattr__(self, "_embedding", embedding)  # not a submodule
+        self.register_parameter("bias", nn.Parameter(torch.zeros(embedding.num_embeddings)) if bias else None)
+
+    @property
+    def weight(self) -> Tensor:
+        """[V, D]."""
+        return self._embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., V] from x [..., D]."""
+        return F.linear(x, self.weight, self.bias)
+
+
 class MoETransformer(nn.Module):
     """The language model: `model(tokens)` gives logits.
 
@@ -63,11 +90,17 @@ class MoETransformer(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, n) for n in per_layer)
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self.head = nn.Linear(config.d_model, config.vocab_size)
+        self.head: nn.Linear | TiedHead
+        if config.tied_embeddings:
+            self.head = TiedHead(self.embedding, config.head_bias)
+        else:
+            self.head = nn.Linear(config.d_model, config.vocab_size, bias=config.head_bias)
         nn.init.normal_(self.embedding.weight, std=config.embedding_std)
-        nn.init.normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
-        head = config.d_model // config.n_heads
+        if isinstance(self.head, nn.Linear):
+            nn.init.normal_(self.head.weight, std=0.02)
+        if self.head.bias is not None:
+            nn.init.zeros_(self.head.bias)
+        head = config.head_width
         angles = torch.outer(
             torch.arange(config.max_seq_len).float(), config.rope_theta ** (-torch.arange(0, head, 2).float() / head)
         )

@@ -333,11 +333,17 @@ class _Watch:
         return torch.cat(parts) if out is None else out
 
     def _outputs(self, x: Tensor, indices: Tensor) -> Tensor:
-        """[T, K, D] of each chosen expert alone, at least float32, by the layer's own code with one expert per row and weight 1."""
+        """[T, K, D] of each chosen expert alone, at least float32: by the experts' own `each` where they have one, otherwise by
+        the layer's own code with one expert per row and weight 1.
+        """
         (T, K), D = indices.shape, x.shape[1]
-        rows = x[:, None].expand(T, K, D).reshape(T * K, D)
-        f: Tensor = self._forward(rows, indices.reshape(-1, 1), x.new_ones(T * K, 1))
-        return f.view(T, K, D).to(torch.promote_types(f.dtype, torch.float32))
+        f: Tensor
+        if hasattr(self._layer.experts, "each"):
+            f = self._layer.experts.each(x, indices)
+        else:
+            rows = x[:, None].expand(T, K, D).reshape(T * K, D)
+            f = self._forward(rows, indices.reshape(-1, 1), x.new_ones(T * K, 1)).view(T, K, D)
+        return f.to(torch.promote_types(f.dtype, torch.float32))
 
     def _hand_over(
         self, rows: slice, x: Tensor, indices: Tensor, weights: Tensor, f: Tensor | None, combined: Tensor | None
