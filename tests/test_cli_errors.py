@@ -459,7 +459,7 @@ def test_fit(refused: Refused, arguments: list[str], words: str) -> None:
         ("prunng: {window: 2}\n", "no option prunng.window; did you mean pruning.window"),
         ("pruning: {windw: 2}\n", "no option pruning.windw; did you mean pruning.window"),
         ("model: 3\n", "model: 3 in the recipe recipe.yaml is no mapping"),
-        ("pruning: {trigger: 3}\n", "pruning.trigger: | known: at_step, stable"),
+        ("pruning: {trigger: 3}\n", "pruning.trigger: | known: at_step"),
         ("base: absent.yaml\n", "no recipe at absent.yaml"),
         ("base: recipe.yaml\n", "recipe.yaml is its own base"),
         ("base: 3\n", "base: 3 in the recipe recipe.yaml"),
