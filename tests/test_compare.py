@@ -20,6 +20,8 @@ from test_training import RECIPE
 
 from moeprune.cli import main
 from moeprune.compare.results import NO_DIFFERENCE, difference, mean_and_stderr
+from moeprune.compare.spec import Sweep
+from moeprune.files import read_rows
 
 LAEP = {"class_path": "laep", "init_args": {"beta": 0.3}}
 COMPARISON: dict[str, Any] = {
@@ -44,7 +46,46 @@ COMPARISON: dict[str, Any] = {
         },
         "switch": {"start": "scratch", "config": {"model": {"balancers": ["switch"]}}},
         "drift": {"drift": True, "config": {"data": {"seed": 1}}},
+        "gradual": {
+            "start": "scratch",
+            "config": {
+                "pruning": {
+                    "pruner": {**LAEP, "init_args": {"beta": 0.5}},
+                    "trigger": {"class_path": "gradual", "init_args": {"start": 5, "end": 15, "prunes": 3}},
+                }
+            },
+        },
         "untrained": {"start": "untrained"},
+    },
+}
+PRUNES: dict[str, Any] = {  # the same trunk, without training on
+    **COMPARISON,
+    "train_on": False,
+    "suite": None,
+    "limit": None,
+    "sweep": {
+        "ratios": [0.25, 0.5],
+        "families": {"outputs": ["reap"], "gradients": ["taylor"], "chance": [{"luck": {"class_path": "random"}}]},
+    },
+    "variants": {
+        "base": {"label": "no pruning"},
+        "laep": COMPARISON["variants"]["laep"],
+        "searched": {
+            "config": {
+                "pruning": {
+                    "pruner": {
+                        "class_path": "frequency",
+                        "init_args": {
+                            "allocation": {
+                                "class_path": "evolutionary",
+                                "init_args": {"population": 2, "generations": 1},
+                            }
+                        },
+                    }
+                }
+            }
+        },
+        "broken": {"config": {"pruning": {"pruner": LAEP, "constraints": {"multiple_of": 3, "min_keep": 7}}}},
     },
 }
 
@@ -60,6 +101,13 @@ def write(folder: Path, corpus: Path, comparison: dict[str, Any]) -> Path:
 def finished(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     folder = tmp_path_factory.mktemp("compare")
     assert main(["compare", f"--config={write(folder, corpus, COMPARISON)}", f"--output={folder / 'out'}"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    folder = tmp_path_factory.mktemp("prunes")
+    assert main(["compare", f"--config={write(folder, corpus, PRUNES)}", f"--output={folder / 'out'}"]) == 1
     return folder
 
 
@@ -91,6 +139,113 @@ def test_results_hold_every_variant(finished: Path) -> None:
     assert rows["untrained"]["val_loss"]["end"]["mean"] > rows["base"]["val_loss"]["end"]["mean"]
     assert rows["laep"]["memory"]["optimizer_bytes"] >= 2 * 4 * rows["laep"]["parameters"]
     assert {len(row["scores"]) for row in rows.values()} == {15}
+
+
+def test_several_prunes_add_up(finished: Path) -> None:
+    row = next(row for row in results(finished)["variants"] if row["name"] == "gradual")
+    assert [prune["step"] for prune in row["prunes"]] == [5, 10, 15]
+    events = read_rows(finished / "out" / "gradual" / "events.jsonl")
+    sequences = [
+        sum(np.array(event["val_loss"]["after"][d]) - event["val_loss"]["before"][d] for event in events)
+        for d in ("sky", "code")
+    ]
+    assert row["jump"]["value"] == pytest.approx(np.mean([part.mean() for part in sequences]))
+    assert row["jump"]["stderr"] == pytest.approx(np.sqrt(sum(part.var(ddof=1) / len(part) for part in sequences)) / 2)
+    assert row["jump"]["value"] == pytest.approx(sum(prune["jump"]["value"] for prune in row["prunes"]))
+    kept = [prune["experts_kept"] for prune in row["prunes"]]
+    assert kept[-1] == row["experts_kept"]
+    assert sum(kept[0]) > sum(kept[-1])
+    first, last = events[0]["val_loss"]["before"], events[-1]["val_loss"]["after"]
+    assert row["val_loss"]["before"]["mean"] == pytest.approx(np.mean([np.mean(first[d]) for d in first]))
+    assert row["val_loss"]["after"]["mean"] == pytest.approx(np.mean([np.mean(last[d]) for d in last]))
+    plan = json.loads((finished / "out" / "gradual" / "plan.json").read_text())
+    assert plan["before"] == [list(range(8))] * 2  # one plan for all three
+    assert plan["kept"] == events[-1]["plan"]["kept"]
+    assert row["removed_load"] == []
+    assert "sum of 3 prunes" in (finished / "out" / "report.html").read_text()
+
+
+# --- without training on
+
+
+def test_prunes_are_those_of_runs_that_train_on(finished: Path, pruned: Path, corpus: Path, tmp_path: Path) -> None:
+    """Same experts, same losses: against a comparison that trains on, and against `moeprune fit` from the trunk's checkpoint."""
+    (ours,) = read_rows(pruned / "out" / "laep" / "events.jsonl")
+    (theirs,) = read_rows(finished / "out" / "laep" / "events.jsonl")
+    assert ours["plan"]["kept"] == theirs["plan"]["kept"]
+    known = theirs["plan"]["provenance"]
+    assert {key: ours["plan"]["provenance"][key] for key in known} == known
+    assert ours["val_loss"] == theirs["val_loss"]
+    assert ours["parameters"] == theirs["parameters"]
+    for name, pruner in (("reap-50", "reap"), ("taylor-25", "taylor")):
+        ratio = int(name[-2:]) / 100
+        arguments = [f"--pruning.pruner={pruner}", f"--pruning.pruner.ratio={ratio}", "--pruning.trigger=at_step"]
+        arguments += ["--pruning.trigger.step=8", f"--ckpt_path={pruned / 'out' / 'trunk' / 'trunk.ckpt'}"]
+        folder = tmp_path / name
+        assert (
+            main(["fit", f"--config={pruned / 'tiny.yaml'}", f"--trainer.default_root_dir={folder}", *arguments]) == 0
+        )
+        (ours,) = read_rows(pruned / "out" / name / "events.jsonl")
+        (theirs,) = read_rows(folder / "events.jsonl")
+        assert ours["plan"]["kept"] == theirs["plan"]["kept"]
+        assert ours["val_loss"] == theirs["val_loss"]
+
+
+def test_results_of_prunes(pruned: Path) -> None:
+    found = results(pruned)
+    rows = {row["name"]: row for row in found["variants"]}
+    made = [f"{name}-{ratio}" for name in ("reap", "taylor", "luck") for ratio in (25, 50)]
+    assert list(rows) == ["base", "laep", "searched", "broken", *made]
+    assert not found["train_on"]
+    assert found["suite"] is None
+    assert rows["base"]["jump"] is None
+    assert "multiple_of=3" in rows.pop("broken")["error"]
+    for name, row in rows.items():
+        assert row["vs_reference"] is None
+        assert row["speed"] is None
+        assert row["scores"] == row["families"] == {}
+        assert row["history"]["step"] == row["loads"]["step"] == []
+        if name != "base":
+            assert row["val_loss"]["before"] == rows["base"]["val_loss"]["end"]
+            assert row["val_loss"]["after"] == row["val_loss"]["end"]
+    assert rows["reap-25"]["experts_kept"] == [6, 6]
+    assert rows["luck-50"]["experts_kept"] == [4, 4]
+    assert (rows["luck-50"]["strategy"], rows["luck-50"]["family"]) == ("luck", "chance")
+    assert rows["luck-50"]["pruner"] == "random(seed=0, ratio=0.5, allocation=Uniform())"
+    for budget in ("25 %", "50 %"):
+        group = [row for row in rows.values() if row["budget"] == budget]
+        lowest = min(group, key=lambda row: row["jump"]["value"])
+        assert len(group) == 3
+        assert lowest["vs_lowest"] is None
+        for row in group:
+            if row is not lowest:
+                assert row["vs_lowest"]["value"] == pytest.approx(row["jump"]["value"] - lowest["jump"]["value"])
+    files = {path.name for path in (pruned / "out" / "reap-25").iterdir()}
+    assert files == {".lock", "log.txt", "variant.yaml", "plan.json", "events.jsonl", "result.json"}  # no checkpoint
+
+
+def test_prunes_are_measured_once_and_kept(pruned: Path) -> None:
+    """A second call runs what failed, from the same measurement, and nothing else."""
+    kept = [*(pruned / "out").rglob("result.json"), *(pruned / "out" / "trunk").rglob("*.safetensors")]
+    stamps = {path: path.stat().st_mtime_ns for path in kept}
+    assert len(stamps) == 11
+    before = results(pruned)
+    assert main(["compare", f"--config={pruned / 'compare.yaml'}", f"--output={pruned / 'out'}"]) == 1
+    assert stamps == {path: path.stat().st_mtime_ns for path in kept}
+    assert results(pruned)["variants"] == before["variants"]
+
+
+def test_sweep_is_what_one_would_write() -> None:
+    sweep = Sweep([0.25], {"a": ["reap", {"mine": {"class_path": "magnitude", "init_args": {"norm": "l1"}}}]})
+    made = sweep.variants()
+    assert list(made) == ["reap-25", "mine-25"]
+    assert made["mine-25"] == {
+        "label": "mine 25 %",
+        "strategy": "mine",
+        "family": "a",
+        "budget": "25 %",
+        "config": {"pruning": {"pruner": {"class_path": "magnitude", "init_args": {"norm": "l1", "ratio": 0.25}}}},
+    }
 
 
 def test_files(finished: Path) -> None:
@@ -127,8 +282,9 @@ def test_failing_variant_leaves_the_others_alone(
     """It asks for constraints that no plan can meet; the report has it as failed, the others are done."""
     broken = {"config": {"pruning": {"pruner": LAEP, "constraints": {"multiple_of": 3, "min_keep": 7}}}}
     variants = {"base": {}, "broken": broken, "laep": COMPARISON["variants"]["laep"]}
-    config = write(tmp_path, corpus, {**COMPARISON, "variants": variants})
+    config = write(tmp_path, corpus, {**COMPARISON, "suite": None, "variants": variants})
     assert main(["compare", f"--config={config}", f"--output={tmp_path / 'out'}"]) == 1
+    assert results(tmp_path)["families"] == {}
     rows = {row["name"]: row for row in results(tmp_path)["variants"]}
     assert [rows[name]["status"] for name in variants] == ["done", "failed", "done"]
     assert "multiple_of=3" in rows["broken"]["error"]
@@ -173,6 +329,21 @@ def test_killed_comparison_continues(finished: Path, corpus: Path, tmp_path: Pat
         ({"variants": {"base": {}, "a": {"start": "trunc"}}}, "trunk"),
         ({"variants": {"base": {}, "a": {"config": {"data": {"domains": ["sky"]}}}}}, "data.domains"),
         ({"variants": {}}, "variants"),
+        ({"train_on": False}, "suite: null"),
+        ({"train_on": False, "suite": None}, "'switch' needs training"),
+        ({**PRUNES, "variants": {"base": {"config": {"pruning": {"pruner": LAEP}}}}}, "the reference 'base' prunes"),
+        ({**PRUNES, "variants": {"base": {}, "a": {"config": {"pruning": {"window": 3}}}}}, "pruning.window"),
+        ({**PRUNES, "variants": {"base": {}, "a": {"config": {"seed_everything": 3}}}}, "seed_everything"),
+        ({"sweep": {"ratios": [0.5], "families": {"a": ["raep"]}}}, "reap"),
+        ({"sweep": {"ratios": [0.5], "families": {"a": ["laep"]}}}, "'laep' (laep) takes no ratio"),
+        ({"sweep": {"ratios": [1.5], "families": {"a": ["reap"]}}}, "(0, 1), got 1.5"),
+        ({"sweep": {"ratios": [0.5], "families": {"a": ["reap"], "b": ["reap"]}}}, "'reap' twice"),
+        ({"sweep": {"ratios": [0.5], "families": {"a": [3]}}}, "neither a short name"),
+        ({"sweep": {"ratios": [], "families": {"a": ["reap"]}}}, "sweep is empty"),
+        (
+            {"sweep": {"ratios": [0.5], "families": {"a": ["reap"]}}, "variants": {"base": {}, "reap-50": {}}},
+            "one already",
+        ),
     ],
 )
 def test_bad_comparison(

@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import WORDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from moeprune.errors import UserError
 from moeprune.training.data import Corpus, EvaluationBatches, TextData, TokenStore, TrainBatches
@@ -118,6 +120,72 @@ def test_bad_data(corpus: Path, tmp_path: Path) -> None:
         list(Corpus(str(tmp_path)).texts("x", "valid"))
     with pytest.raises(UserError, match="seq_len must be at least 1"):
         TextData(seq_len=0)
+
+
+def words(size: int, *more: str) -> Tokenizer:
+    """A tokenizer of whole words: those of the corpus at the end of `size` ids."""
+    known = [word for domain in WORDS for word in domain]
+    filling = [f"w{i}" for i in range(size - len(known) - len(more))]
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*filling, *more, *known])}))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return made
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(400, np.uint16), (65536, np.uint16), (65537, np.uint32)])
+def test_a_tokenizer_that_is_there(corpus: Path, tmp_path: Path, size: int, dtype: type) -> None:
+    """Every document as it tokenizes it alone, its own beginning and end included, whatever truncation it was saved with."""
+    made = words(size, "<s>", "</s>")
+    begin, end = made.token_to_id("<s>"), made.token_to_id("</s>")
+    made.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", begin), ("</s>", end)]
+    )
+    expected = [i for text in Corpus(str(corpus)).texts("sky", "train") for i in made.encode(text).ids]
+    made.enable_truncation(5)
+    made.enable_padding(length=300)
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    store = TokenStore(Corpus(str(corpus)), size, tmp_path / "cache", tmp_path / "tokenizer.json")
+    found = store.tokens("sky", "train")
+    assert found.dtype == dtype
+    assert found.tolist() == expected
+    assert max(expected) >= size - 19
+    assert (store.end_of_text, store.log_unigrams().shape) == ("</s>", (size,))
+    batch = TrainBatches([found], 8, 4, 1, 0).batch(0)
+    text = " ".join(map(str, expected))
+    assert all(" ".join(map(str, row)) in text for row in batch.tolist())
+    again = TokenStore(Corpus(str(corpus)), size, tmp_path / "cache", tmp_path / "tokenizer.json")
+    assert (again.folder, again.tokenizer_json) == (store.folder, store.tokenizer_json)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "w0"}')
+    other = TokenStore(Corpus(str(corpus)), size, tmp_path / "cache", tmp_path / "tokenizer.json")
+    assert other.folder != store.folder
+    assert (other.tokens("sky", "train") == 0).sum() == 40
+
+
+def test_end_of_text_of_a_tokenizer(corpus: Path, tmp_path: Path) -> None:
+    """<|endoftext|> if it has that, then what stands beside it, then nothing, which is an error."""
+    file = tmp_path / "tokenizer.json"
+    made = words(400, "<|endoftext|>", "</s>")
+    made.save(str(file))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    assert TokenStore(Corpus(str(corpus)), 400, tmp_path / "a", file).end_of_text == "<|endoftext|>"
+    words(400, "</s>").save(str(file))
+    assert TokenStore(Corpus(str(corpus)), 400, tmp_path / "a", file).end_of_text == "</s>"
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"eos_token_id": [3, 5]}')
+    assert TokenStore(Corpus(str(corpus)), 400, tmp_path / "a", file).end_of_text == "w3"
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match="has no end-of-text token; name it as eos_token"):
+        TokenStore(Corpus(str(corpus)), 400, tmp_path / "a", file)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
+    with pytest.raises(UserError, match=r"\('<end>' is not in its vocabulary\)"):
+        TokenStore(Corpus(str(corpus)), 400, tmp_path / "a", file)
+    with pytest.raises(UserError, match=r"gives ids up to 399 .*beyond the 300 of the model's embedding"):
+        TokenStore(Corpus(str(corpus)), 300, tmp_path / "a", file)
+    with pytest.raises(UserError, match="no tokenizer at"):
+        TokenStore(Corpus(str(corpus)), 300, tmp_path / "a", tmp_path / "other.json")
+    (tmp_path / "other.json").write_text('{"model": 3}')
+    with pytest.raises(UserError, match=r"other\.json is no tokenizer"):
+        TokenStore(Corpus(str(corpus)), 300, tmp_path / "a", tmp_path / "other.json")
 
 
 def test_full_disk_leaves_no_half_cache(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

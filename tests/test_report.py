@@ -112,6 +112,7 @@ def build(layers=4, experts=32, steps=600, prune=320, windows=20, variants=None,
             spike = history(np.arange(1, steps + 1), end, 7)
         v = {
             "name": name, "label": label, "status": "done", "error": None, "start": start, "pruner": pruner,
+            "drift": False, "strategy": "", "family": "", "budget": "", "prunes": [], "vs_lowest": None,
             "balancers": [], "parameters": int(3.95e6 * params), "parameters_kept": params,
             "active_parameters": 910_000, "experts_kept": [len(k) for k in kept],
             "removed_load": [], "plan": None, "config": f"variants/{name}/config.yaml",
@@ -133,6 +134,8 @@ def build(layers=4, experts=32, steps=600, prune=320, windows=20, variants=None,
             ]
             v["val_loss"] |= {"before": loss(4.31), "after": loss(4.31 + jump)}
             v["jump"] = diff(jump, 0.0031)
+            v["prunes"] = [{"step": prune, "reason": "stable", "experts_kept": v["experts_kept"],
+                            "removed_load": v["removed_load"], "jump": v["jump"]}]  # fmt: skip
         return v | more
 
     made = [variant("base", "not pruned", "trunk")]
@@ -159,12 +162,72 @@ def build(layers=4, experts=32, steps=600, prune=320, windows=20, variants=None,
         "machine": {"processor": "x86_64, 2 cores", "cores": 2, "workers": 1},
         "model": {"parameters": 3_950_000, "layers": layers, "experts": experts, "top_k": 2, "steps": steps,
                   "tokens_per_step": 1024},
-        "domains": DOMAINS, "reference": "base", "suite": "offline", "limit": 100,
+        "domains": DOMAINS, "reference": "base", "suite": "offline", "limit": 100, "train_on": True,
         "families": {name: [f"offline_{name}_{d}" for d in DOMAINS] for name in FAMILIES},
         "trunk": {"step": prune, "tokens": prune * 1024, "history": history(np.arange(1, prune + 1), 0, 7),
                   "reason": "stable: lowest rank correlation 0.912 >= 0.9 over 3 windows", "loads": trunk_loads},
         "variants": [v for v in made if variants is None or v["name"] in variants],
     }  # fmt: skip
+
+
+# strategy, family, jump at 25 %, at 50 %
+SWEPT = [
+    ("laep", "per layer", 0.030, 0.200),
+    ("frequency", "choices", 0.035, 0.260),
+    ("taylor", "gradients", 0.062, 0.180),
+    ("magnitude", "weights", 0.110, 0.300),
+    ("random", "chance", 0.140, 0.350),
+]
+
+
+def sweep(strategies=SWEPT, failing=True):
+    """A results dict that looks like a run of recipes/compare/strategies.yaml."""
+    results = build(variants=["base", "pruned0"])
+    whole, one = results["variants"]
+    nothing = {"step": [], "loss": [], "seconds": []}
+    alone = {
+        "history": nothing,
+        "loads": {"step": [], "expert_ids": [], "shares": []},
+        "speed": None,
+        "scores": {},
+        "families": {},
+        "vs_reference": None,
+        "memory": {"weights_bytes": 1, "optimizer_bytes": None, "peak_bytes": None},
+    }
+    made = [whole | alone]
+    for name, family, *jumps in strategies:
+        for budget, n, jump in zip(("25 %", "50 %"), (24, 16), jumps, strict=True):
+            best = min(row[2 if n == 24 else 3] for row in strategies)
+            made.append(
+                one
+                | alone
+                | {
+                    "name": f"{name}-{budget[:2]}", "label": f"{name} {budget}", "strategy": name, "family": family,
+                    "budget": budget, "pruner": f"{name}(ratio={1 - n / 32})", "experts_kept": [n] * 4,
+                    "parameters_kept": 0.8 if n == 24 else 0.6, "jump": diff(jump, 0.003), "prunes": [],
+                    "val_loss": {"before": loss(4.3), "after": loss(4.3 + jump), "end": loss(4.3 + jump)},
+                    "vs_lowest": diff(jump - best, 0.003) if jump != best else None,
+                }
+            )  # fmt: skip
+    if failing:
+        made.append({"name": "odd", "label": "odd, 10 %", "status": "failed", "start": "trunk", "error": "no such thing",
+                     "drift": False, "strategy": "odd", "family": "chance", "budget": "25 %"})  # fmt: skip
+    return results | {"variants": made, "train_on": False, "suite": None, "families": {}, "name": "strategies"}
+
+
+def gradual(results):
+    """`results`, in which a variant of its own start is pruned three times."""
+    changed = copy.deepcopy(results)
+    v = next(v for v in changed["variants"] if v["name"] == "switch")
+    kept = [[28] * 4, [26] * 4, [24, 24, 24, 23]]
+    v |= {
+        "label": "LAEP gradual", "pruner": "LAEP(alpha=inf, beta=0.1)", "experts_kept": kept[-1], "removed_load": [],
+        "prunes": [{"step": step, "reason": f"prune {i + 1} of 3", "experts_kept": n, "removed_load": [0.01 * (i + 1)] * 4,
+                    "jump": diff(0.02, 0.002)} for i, (step, n) in enumerate(zip((200, 300, 400), kept, strict=True))],
+        "jump": diff(0.06, 0.004),
+    }  # fmt: skip
+    v["val_loss"] |= {"before": loss(4.5), "after": loss(4.3)}  # lower: training in between
+    return changed
 
 
 # --- reading what was written
@@ -251,7 +314,7 @@ def test_page_needs_nothing_else(made):
     assert not re.search(r"https?:|@import|url\(|javascript:|//cdn", html)
     images = [a for a in page.addresses if a.startswith("data:image/png;base64,")]
     names = sorted(p.stem for p in (folder / "plots").glob("*"))
-    assert names == sorted(report.CAPTIONS)
+    assert names == sorted(report.CAPTIONS.keys() - {"jump_against_parameters"})  # of strategies at several budgets
     assert len(images) == page.tags.count("img") == len(names)
     links = [a for a in page.addresses if a not in images]
     assert "variants/pruned0/plan.json" in links
@@ -381,6 +444,132 @@ def test_headline_is_short_and_names_the_trigger_and_the_bound(results):
 )
 def test_the_bound_is_read_from_the_pruner(pruner, layers, betas):
     assert report._betas({"pruner": pruner}, layers) == betas
+
+
+# --- without training on
+
+
+def test_a_sweep_is_ranked_by_its_jumps(tmp_path):
+    results = sweep()
+    html, markdown = written(results, tmp_path)
+    page = Page(html)
+    ranks, variants = page.tables[:2]
+    assert [row[0] for row in ranks[1:]] == ["laep", "frequency", "taylor", "magnitude", "random"]
+    assert ranks[0][3:] == ["loss jump, 25 % removed", "loss jump, 50 % removed"]
+    assert ranks[1][2:] == ["96 / 64", "+0.030 ± 0.006 (lowest)", "+0.200 ± 0.006 (+0.020)"]
+    assert ranks[2][3:] == ["+0.035 ± 0.006", "+0.260 ± 0.006 (+0.080)"]  # 0.005 is not told from the lowest
+    assert ranks[3][4] == "+0.180 ± 0.006 (lowest)"
+    jumps = [float(row[-1].split(" ")[0]) for row in variants[2:-1]]
+    assert jumps == sorted(jumps)
+    assert len(jumps) == 10
+    assert (variants[1][0], variants[-1][0], variants[-1][-1]) == ("not pruned", "odd, 10 %", "failed")
+    names = {path.stem for path in (tmp_path / "plots").iterdir()}
+    assert {"loss_jump", "jump_against_parameters", "experts_kept"} <= names
+    assert not names & {"loss_curves", "score_against_parameters"}
+    assert not re.search(r"\b(None|nan|inf)\b", page.text)
+    assert not re.search(r"Final validation loss|step time|Speed and memory|Scores|end of training", page.text)
+    assert "no such thing" in page.text
+    for table in tables_of(markdown):
+        assert {len(row) for row in table} == {len(table[0])}
+
+
+def test_the_headline_of_a_sweep_names_ties():
+    text = " ".join(report.headline(sweep()))
+    assert "pruned and not trained on" in text
+    assert (
+        "25 % removed: the loss jumps least for laep (+0.030 ± 0.006), with no detectable difference to frequency, and"
+        in text
+    )
+    assert (
+        "50 % removed: the loss jumps least for taylor (+0.180 ± 0.006), and most for random (+0.350 ± 0.006)." in text
+    )
+
+
+def test_the_terminal_shows_a_sweep():
+    out = terminal(sweep())
+    assert max(map(len, out.splitlines())) <= 100
+    assert "+0.030 ± 0.006 (lowest)" in out
+    assert "odd, 10 %" in out
+    many = [(f"a_criterion_of_long_name_{i}", "family", 0.1 + 0.01 * i, 0.2) for i in range(30)]
+    assert max(map(len, terminal(sweep(many)).splitlines())) <= 100
+
+
+def test_prunes_without_budgets_are_sorted_too(tmp_path):
+    results = sweep()
+    for v in results["variants"]:
+        v |= {"strategy": "", "family": "", "budget": ""}
+    html, _ = written(results, tmp_path)
+    labels = [row[0] for row in Page(html).tables[0]]
+    assert labels[1:4] == ["not pruned", "laep 25 %", "frequency 25 %"]
+    assert "laep 25 %" in terminal(results)
+    assert not (tmp_path / "plots" / "jump_against_parameters.png").exists()
+
+
+def test_a_panel_per_budget_ranks_the_strategies():
+    figure = plots.loss_jump(sweep())
+    titles = [axis.get_title(loc="left") for axis in figure.axes]
+    assert titles == ["25 % removed", "50 % removed"]
+    names = [t.get_text() for t in figure.axes[0].get_yticklabels()]
+    assert names == ["random", "magnitude", "taylor", "frequency", "laep"]
+    for axis, column in zip(figure.axes, (2, 3), strict=True):
+        drawn = [container.lines[0].get_xdata()[0] for container in axis.containers]
+        assert drawn == pytest.approx([next(row[column] for row in SWEPT if row[0] == name) for name in names])
+    colours = {t: axis.containers[i].lines[0].get_color() for i, t in enumerate(names) for axis in figure.axes[:1]}
+    assert len(set(colours.values())) == 5  # one per family
+
+
+def test_lines_start_at_the_whole_model():
+    axis = plots.jump_against_parameters(sweep()).axes[0]
+    lines = [line for line in axis.get_lines() if len(line.get_xdata()) == 3]
+    assert len(lines) == 5
+    for line, (*_, quarter, half) in zip(lines, SWEPT, strict=True):
+        assert line.get_xdata() == pytest.approx([100, 80, 60])
+        assert line.get_ydata() == pytest.approx([0, quarter, half])
+
+
+def test_variants_that_keep_equal_numbers_share_a_row():
+    many = [(f"c{i}", "family", 0.1 + 0.01 * i, 0.2) for i in range(30)]
+    labels = [t.get_text() for t in plots.experts_kept(sweep(many)).axes[0].get_yticklabels()]
+    assert labels == ["c0 25 % and 29 more", "c0 50 % and 29 more"]
+    kept = report._kept(sweep(many))[0]
+    assert [row[0] for row in kept.rows] == ["not pruned", *labels]
+
+
+# --- several prunes
+
+
+def test_several_prunes_are_a_sum_and_are_marked(results, tmp_path):
+    html, _ = written(gradual(results), tmp_path)
+    page = Page(html)
+    row = dict(zip(page.tables[0][0], rows_of(page, "LAEP gradual")[0], strict=True))
+    assert row["loss jump at the prune"] == "+0.060 ± 0.008\n(higher)\n(sum of 3 prunes)"
+    assert "the jump is the sum" in page.text
+    removed = [row for table in page.tables for row in table if row[0].startswith("LAEP gradual, step")]
+    assert [row[0] for row in removed] == [f"LAEP gradual, step {200 + 100 * i} ({i + 1} of 3)" for i in range(3)]
+    assert [row[2] for row in removed] == ["1.0 %", "2.0 %", "3.0 %"]
+    assert rows_of(page, "LAEP gradual")[2][1] == "before the first prune"
+    assert "+0.060\n" in terminal(gradual(results)).replace(" ", "\n")
+    labels = [t.get_text() for t in plots.loss_jump(gradual(results)).axes[0].get_yticklabels()]
+    assert "LAEP gradual (3 prunes)" in labels
+
+
+def test_curves_mark_the_prunes_of_a_run_of_its_own(results):
+    figure = plots.loss_curves(gradual(results))
+    (marks,) = [line for line in figure.axes[0].get_lines() if line.get_linestyle() == "None"]
+    assert list(marks.get_xdata()) == [200, 300, 400]
+    entry = "marks: where it was pruned"
+    assert entry in [text.get_text() for text in figure.legends[0].get_texts()]
+    assert entry not in [text.get_text() for text in plots.loss_curves(results).legends[0].get_texts()]
+
+
+def test_shares_mark_every_prune_of_the_variant_shown(results):
+    only = gradual(results)
+    only["variants"] = [v for v in only["variants"] if v["name"] in ("base", "switch")]
+    text = " ".join(report.headline(only))
+    assert "At its 3 prunes, steps 200, 300 and 400 together, its validation loss rose by 0.060" in text
+    axis = plots.load_shares(only).axes[0]
+    marked = {line.get_xdata()[0] for line in axis.get_lines() if line.get_linestyle() == ":"}
+    assert marked == {200, 300, 400}
 
 
 # --- hostile and degenerate input

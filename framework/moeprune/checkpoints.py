@@ -34,6 +34,7 @@ from moeprune.pruning.plan import PrunePlan
 FORMAT = "moeprune.checkpoint/1"
 ENTRY = "moeprune"  # key of our part of a Lightning checkpoint
 PREFIX = "model."  # of the model's weights in a Lightning checkpoint
+END_OF_TEXT = "<|endoftext|>"  # of moeprune's own tokenizers
 
 
 @dataclass
@@ -48,6 +49,7 @@ class Checkpoint:
         tokenizer: JSON of the `tokenizers` library; "" if unknown.
         data: what the model was trained on.
         step: optimizer steps done.
+        end_of_text: the token that ends a document.
     """
 
     config: MoEConfig
@@ -57,6 +59,7 @@ class Checkpoint:
     tokenizer: str = ""
     data: dict[str, Any] = field(default_factory=dict)
     step: int = 0
+    end_of_text: str = END_OF_TEXT
 
     def model(self) -> MoETransformer:
         """The model, in evaluation mode, on the CPU.
@@ -84,6 +87,7 @@ class Checkpoint:
             "tokenizer": self.tokenizer,
             "data": self.data,
             "step": self.step,
+            "end_of_text": self.end_of_text,
         }
 
     @classmethod
@@ -105,6 +109,7 @@ class Checkpoint:
                 entry["tokenizer"],
                 entry["data"],
                 entry["step"],
+                entry.get("end_of_text", END_OF_TEXT),
             )
         except UserError:
             raise
@@ -112,8 +117,12 @@ class Checkpoint:
             raise UserError(f"the checkpoint {where} lacks or garbles a field: {error}") from error
 
 
-def read(path: str | Path) -> Checkpoint:
+def read(path: str | Path, weights: bool = True) -> Checkpoint:
     """Read a Lightning checkpoint or an exported folder.
+
+    Args:
+        path: of it.
+        weights: False for everything but the weights, whatever their size.
 
     Raises:
         UserError: no such file, a corrupt one, or one that is not moeprune's.
@@ -126,17 +135,23 @@ def read(path: str | Path) -> Checkpoint:
             entry["plans"] = read_json(plans, "plan history") if plans.exists() else []
             entry["tokenizer"] = tokenizer.read_text(encoding="utf-8") if tokenizer.exists() else ""
         try:
-            state = load_file(path / "model.safetensors")
+            state = load_file(path / "model.safetensors") if weights else {}
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot read the weights {path / 'model.safetensors'}: {_first_line(error)}") from error
         return Checkpoint.from_entry(entry, state, str(path))
-    data = read_lightning(path)
+    data = read_lightning(path, weights)
     state = {key[len(PREFIX) :]: value for key, value in data["state_dict"].items() if key.startswith(PREFIX)}
+    if not weights:
+        state = {}
     return Checkpoint.from_entry(data.get(ENTRY, {}), state, str(path))
 
 
-def read_lightning(path: str | Path) -> dict[str, Any]:
+def read_lightning(path: str | Path, weights: bool = True) -> dict[str, Any]:
     """A Lightning checkpoint file as it is, without unpickling anything but tensors and plain data.
+
+    Args:
+        path: of the file.
+        weights: False leaves tensors in the file, mapped into memory.
 
     Raises:
         UserError: no such file, or a corrupt one.
@@ -150,7 +165,7 @@ def read_lightning(path: str | Path) -> dict[str, Any]:
             f"{path} is not a readable checkpoint: it is empty, cut short or of another kind; take another one"
         )
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
+        data = torch.load(path, map_location="cpu", weights_only=True, mmap=not weights)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} is not a readable checkpoint: it holds Python objects besides tensors and plain data, which are never unpickled"
@@ -204,7 +219,7 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
 
 def differing_fields(a: MoEConfig, b: MoEConfig) -> list[str]:
     """Names of the configuration fields that change the weights' meaning and differ."""
-    x, y = a.to_dict(), b.to_dict()
+    x, y = ({**c.to_dict(), "n_kv_heads": c.kv_heads, "head_dim": c.head_width} for c in (a, b))
     return [name for name in x if name != "embedding_std" and x[name] != y[name]]
 
 

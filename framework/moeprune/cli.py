@@ -32,6 +32,11 @@ COMMANDS = {
         "moeprune.commands.plan",
         "plan from recorded loads or saved evidence, or compare many plans; no model needed",
     ),
+    "simulate": ("moeprune.commands.simulate", "predict step time and memory on many devices from recorded loads"),
+    "export": (
+        "moeprune.commands.export",
+        "write moeprune's own model for transformers, or a transformers model as its own",
+    ),
     "evaluate": ("moeprune.commands.evaluate", "score a model with a suite of lm-eval tasks"),
     "compare": ("moeprune.commands.compare", "train, prune and score many variants; one table, plots, a report"),
     "plugins": ("moeprune.commands.plugins", "list what is registered, and from which distribution"),

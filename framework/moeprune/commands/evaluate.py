@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from moeprune.evaluation.suite import Joined, Named, Suite
 from moeprune.files import new_folder, write_text
 from moeprune.interop.checkpoint import is_transformers
 
+ARROWS = "↑ higher is better, ↓ lower is better"
+
 
 def command(
     model: Path | None = None,
@@ -31,6 +34,7 @@ def command(
     batch_size: int = 16,
     device: str | None = None,
     dtype: str = "auto",
+    max_length: int | None = None,
     max_gen_toks: int | None = None,
     apply_chat_template: bool = False,
     think_end_token: str | None = None,
@@ -51,6 +55,7 @@ def command(
         batch_size: requests per forward pass.
         device: torch device; cpu by default.
         dtype: of a transformers model's weights: auto (as in the checkpoint), float32, bfloat16, float16.
+        max_length: longest sequence in tokens; default: what the model takes.
         max_gen_toks: longest answer in tokens, for every task that generates; default: what the suite or the task says.
         apply_chat_template: put prompts into the tokenizer's chat template.
         think_end_token: text that ends a reasoning model's thoughts, </think> say; answers begin after it.
@@ -70,31 +75,34 @@ def command(
         )
     if output is not None:
         new_folder(output, overwrite)
+    other: dict[str, Any] | None
     if compare is not None:
         folders = [Path(folder) for folder in compare.split(",")]
         if len(folders) != 2:
             raise UserError(f"--compare takes two folders with a comma between them, got {compare!r}")
-        mine, other = map(read_scores, folders)
+        mine, other = (read_scores(folder) for folder in folders)
     else:
         assert chosen is not None
         assert model is not None
-        known = reference if reference is not None and (reference / "scores.json").exists() else None
+        other = _known(reference)
+        if other is not None:
+            same_tasks(str(model), chosen.metrics(), limit, other)  # before hours of scoring
         options: dict[str, Any] = {
+            "limit": limit,
+            "batch_size": batch_size,
+            "device": device,
             "dtype": dtype,
+            "max_length": max_length,
             "max_gen_toks": max_gen_toks,
             "apply_chat_template": apply_chat_template,
             "think_end_token": think_end_token,
             "run_unsafe_code": run_unsafe_code,
         }
-        other = None if known is None else read_scores(known)
-        if other is not None:
-            same_tasks(str(model), chosen.metrics(), limit, other)  # before hours of scoring
-        mine = _scored(model, chosen, limit, batch_size, device, options, output)
+        mine = _scored(model, chosen, options, output)
         show_scores(mine, f"{model} on {title}")
         if reference is not None and other is None:
             gc.collect()
-            place = None if output is None else output / "reference"
-            other = _scored(reference, chosen, limit, batch_size, device, options, place)
+            other = _scored(reference, chosen, options, None if output is None else output / "reference")
             show_scores(other, f"{reference} on {title}")
     if other is not None:
         found = paired(mine, other)
@@ -103,6 +111,19 @@ def command(
         show_differences(found)
     if output is not None:
         print(f"written to {output}")
+
+
+def _known(reference: Path | None) -> dict[str, Any] | None:
+    """The reference's scores if it is a folder of results; None if it is a model.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if reference is None or is_transformers(reference):
+        return None
+    if not reference.exists():
+        raise UserError(f"there is neither a model nor a folder of results at {reference}; check --reference")
+    return read_scores(reference) if (reference / "scores.json").exists() else None
 
 
 def _suite(suite: str | None, tasks: str | None) -> Suite:
@@ -118,18 +139,10 @@ def _suite(suite: str | None, tasks: str | None) -> Suite:
     return Joined(suites) if len(suites) > 1 else next(iter(suites.values()))
 
 
-def _scored(
-    model: Path,
-    suite: Suite,
-    limit: int | None,
-    batch_size: int,
-    device: str | None,
-    options: dict[str, Any],
-    output: Path | None,
-) -> dict[str, Any]:
+def _scored(model: Path, suite: Suite, options: dict[str, Any], output: Path | None) -> dict[str, Any]:
     """The scores of the model on disk, saved to `output` with everything else."""
     source = model if is_transformers(model) else checkpoints.read(model)
-    results = score(source, suite, limit, batch_size, device, str(model), **options)
+    results = score(source, suite, name=str(model), **options)
     if output is not None:
         save(results, output)
     scores: dict[str, Any] = results["scores"]
@@ -138,30 +151,24 @@ def _scored(
 
 def show_scores(scores: dict[str, Any], title: str) -> None:
     """Print the table of one model."""
-    table = Table("task", "metric", "value", "standard error", "documents", title=title)
-    for place in ("rows", "families"):
-        if place == "families" and scores[place]:
-            table.add_section()
-        for name, row in scores[place].items():
-            shown = name if place == "rows" else f"mean: {name}"
-            table.add_row(shown, _metric(row), f"{row['value']:.4f}", _number(row["stderr"]), str(row["n"]))
+    table = _table("task", "metric", "value", "standard error", "documents", title=title, caption=ARROWS)
+    for name, row in _lines(scores, table):
+        table.add_row(name, _metric(row), f"{row['value']:.4f}", _number(row["stderr"]), str(row["n"]))
     Console().print(table)
 
 
 def show_differences(found: dict[str, Any]) -> None:
     """Print the table of a model minus its reference."""
-    table = Table("task", "metric", "value", "reference", "difference", "95 % interval", "verdict")
-    table.title = f"{found['model']} minus {found['reference']}"
-    for place in ("rows", "families"):
-        if place == "families" and found[place]:
-            table.add_section()
-        for name, row in found[place].items():
-            difference = row["difference"]
-            value, half = difference["value"], difference["half_width"]
-            interval = "-" if half is None else f"{value - half:+.4f} to {value + half:+.4f}"
-            shown = name if place == "rows" else f"mean: {name}"
-            numbers = (f"{row['value']:.4f}", f"{row['reference']:.4f}", f"{value:+.4f}")
-            table.add_row(shown, _metric(row), *numbers, interval, difference["verdict"])
+    title = f"{found['model']} minus {found['reference']}"
+    caption = f"{ARROWS}; ± half of the 95 % interval of the paired difference"
+    table = _table("task", "metric", "value", "reference", "difference", "verdict", title=title, caption=caption)
+    for name, row in _lines(found, table):
+        value, half, verdict = (row["difference"][key] for key in ("value", "half_width", "verdict"))
+        interval = "" if half is None else f" ± {half:.4f}"
+        if verdict in ("higher", "lower"):
+            verdict = "better" if (verdict == "higher") == row["higher_is_better"] else "worse"
+        numbers = (f"{row['value']:.4f}", f"{row['reference']:.4f}", f"{value:+.4f}{interval}")
+        table.add_row(name, _metric(row), *numbers, verdict)
     Console().print(table)
 
 
@@ -174,10 +181,10 @@ def show_tasks(suite: Suite, title: str) -> None:
     for family, names in suite.families().items():
         for name in names:
             families.setdefault(name, []).append(family)
-    table = Table("task", "metric", "few-shot", "longest answer", "family", "data", title=title)
+    table = _table("task", "metric", "few-shot", "longest answer", "family", "data", title=title)
     for task in suite.tasks():
         leaves = catalogue.leaves(task.name)
-        config = catalogue.config(leaves[0])
+        config = catalogue.config(leaves[0]) if leaves else {}
         shots = task.num_fewshot if task.num_fewshot is not None else config.get("num_fewshot", 0)
         stated = (config.get("generation_kwargs") or {}).get("max_gen_toks")
         generates = config.get("output_type") == "generate_until" or stated or task.max_gen_toks
@@ -192,8 +199,23 @@ def show_tasks(suite: Suite, title: str) -> None:
     Console().print(table)
 
 
+def _table(*columns: str, **options: Any) -> Table:
+    table = Table(**options)
+    for column in columns:
+        table.add_column(column, no_wrap=column == "task", overflow="fold")
+    return table
+
+
+def _lines(found: dict[str, Any], table: Table) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Tasks, then means over families, with a rule between them."""
+    yield from found["rows"].items()
+    if found["families"]:
+        table.add_section()
+    yield from ((f"mean: {name}", row) for name, row in found["families"].items())
+
+
 def _metric(row: dict[str, Any]) -> str:
-    return f"{row['metric']} ({'higher' if row['higher_is_better'] else 'lower'} is better)"
+    return f"{row['metric']} {'↑' if row['higher_is_better'] else '↓'}"
 
 
 def _number(value: float | None) -> str:

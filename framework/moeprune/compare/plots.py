@@ -267,11 +267,12 @@ def loss_curves(results: Results) -> Figure:
         low, high = min(heights), float(np.percentile(heights, 94))
         top.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low) + 1e-3)
     top.set_ylabel("training loss (nats per token)")
-    _subtitle(top, f"mean of the last {width} steps{'; marks: prunes of a run of its own' if marked else ''}")
+    _subtitle(top, f"mean of the last {width} steps")
     _mark_prune(top, prune, _named(prune))
     _difference_to(bottom, prune[0] if prune else 0, base, ran, looks)
     handles = [_line(label="before the prune, shared", color=MUTED, lw=1.8)] if before["step"] else []
     handles += [_line(label=_label(v), color=looks[v["name"]]["color"], ls=looks[v["name"]]["ls"], lw=1.8) for v in ran]
+    handles += [_line(label="marks: where it was pruned", color=MUTED, marker="s", ms=5, ls="")] if marked else []
     figure.legend(
         handles=handles,
         loc="upper left",

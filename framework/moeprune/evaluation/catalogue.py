@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import io
 import logging
+import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
@@ -48,10 +49,11 @@ class Catalogue:
             self._manager = TaskManager(
                 include_path=[*sorted(needed), *folders], include_defaults=False, metadata=dict(metadata or {})
             )
-            found = {folder for name in self._reached(names) for folder in self._homes(name)}
-            if found <= needed:
+            found = needed | {folder for name in self._reached(names) for folder in self._homes(name)}
+            found = {folder for folder in found if not found & set(folder.parents)}
+            if found == needed:
                 break
-            needed |= found
+            needed = found
         for name in self._reached(names):
             if name not in self._manager.task_index:
                 near = difflib.get_close_matches(name, _named(), n=3, cutoff=0.6)
@@ -73,17 +75,30 @@ class Catalogue:
         entry = self._manager.task_index.get(name)
         if entry is not None and entry.kind.name != "TAG":
             return []
-        return [*([_named()[name].parent] if name in _named() else []), *(_tagged(name) if name in _tags() else [])]
+        homes = [_named()[name].parent] if name in _named() else []
+        return [*homes, _tagged(name)] if name in _tags() else homes
 
     def _children(self, name: str) -> list[str]:
         entry = self._manager.task_index[name]
         if entry.kind.name == "TAG":
             return sorted(entry.tags)
-        members = (entry.cfg or {}).get("task") if entry.kind.name == "GROUP" else None
-        if not isinstance(members, list):
-            return []
-        names = (m if isinstance(m, str) else m.get("group", m.get("task")) for m in members)
-        return [member for member in names if isinstance(member, str)]
+        return self._members((entry.cfg or {}).get("task")) if entry.kind.name == "GROUP" else []
+
+    def _members(self, members: Any) -> list[str]:
+        """Names that a group's file lists; those of groups it defines in place are replaced by what these list, and tasks it
+        defines in place are left out.
+        """
+        found: list[str] = []
+        for member in members if isinstance(members, list) else []:
+            if isinstance(member, str):
+                found.append(member)
+            elif isinstance(member.get("task"), list):
+                found += self._members(member["task"])
+            else:
+                name = member.get("group", member.get("task"))
+                if name in self._manager.task_index or name in _named() or name in _tags():
+                    found.append(name)
+        return found
 
     def leaves(self, name: str) -> list[str]:
         """The tasks that a group or tag consists of, each once; the name itself if it is a task."""
@@ -100,7 +115,7 @@ class Catalogue:
         found = []
         for leaf in self.leaves(name):
             path = self.config(leaf).get("dataset_path")
-            found.append(GENERATED if path == "" or "custom_dataset" in self.config(leaf) and not path else path)
+            found.append(GENERATED if path == "" or ("custom_dataset" in self.config(leaf) and not path) else path)
         return ", ".join(dict.fromkeys(path for path in found if path))
 
     def runs_code(self, name: str) -> bool:
@@ -130,7 +145,7 @@ class Catalogue:
             if data and data != GENERATED:
                 raise UserError(
                     f"cannot load the data set {data} of the task {name!r} ({_line(error)}); run once with network (unset "
-                    f"HF_HUB_OFFLINE), copy a filled HF_HOME here, or take --suite=offline, which needs no network"
+                    f"HF_HUB_OFFLINE and HF_DATASETS_OFFLINE), copy a filled HF_HOME here, or take --suite=offline, which needs no network"
                 ) from error
             raise UserError(f"cannot make the documents of the task {name!r}: {_line(error)}") from error
 
@@ -155,26 +170,32 @@ def _named() -> dict[str, Path]:
 
 
 @cache
-def _tags() -> set[str]:
-    """Every name that some file uses as a tag."""
-    blocks = (block for text in _texts().values() for block in _TAG.findall(text))
-    return {tag.decode() for block in blocks for tag in re.findall(rb"[^\s\[\]\"',]+", block)}
+def _tags() -> dict[str, set[Path]]:
+    """Every tag -> the files that give it to a task."""
+    found: dict[str, set[Path]] = {}
+    for path, text in _texts().items():
+        for block in _TAG.findall(text):
+            for tag in re.findall(rb"[^\s\[\]\"',]+", block):
+                found.setdefault(tag.decode(), set()).add(path)
+    return found
 
 
 @cache
-def _tagged(tag: str) -> list[Path]:
-    """Folders with files that may carry a tag: those that mention it, and those that include such a file."""
-    mentions = re.compile(rb"(?<![\w.-])" + re.escape(tag.encode()) + rb"(?![\w.-])")
-    found = {path for path, text in _texts().items() if mentions.search(text)}
+def _tagged(tag: str) -> Path:
+    """The folder below which all files are that carry a tag, or include one that does.
+
+    One folder: lm-eval forgets the tag's tasks of one folder when it reads the next.
+    """
+    found = set(_tags()[tag])
     while True:
         names = {path.name.encode() for path in found}
         more = {
             path
             for path, text in _texts().items()
-            if path not in found and any(Path(i.decode()).name.encode() in names for i in _INCLUDE.findall(text))
+            if path not in found and any(include.rpartition(b"/")[2] in names for include in _INCLUDE.findall(text))
         }
         if not more:
-            return sorted({path.parent for path in found})
+            return Path(os.path.commonpath([path.parent for path in found]))
         found |= more
 
 

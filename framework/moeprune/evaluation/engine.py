@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
@@ -270,8 +269,13 @@ def engine(
     if isinstance(source, checkpoints.Checkpoint):
         return Own(source, "in memory", device)
     if isinstance(source, TransformersModel):
+        tokenizer = tokenizer or source.model.name_or_path
+        if not tokenizer:
+            raise UserError(
+                "a transformers model in memory comes without a tokenizer; give tokenizer=FOLDER or an object"
+            )
         source.model.to(device)
-        return Transformers(source, tokenizer or source.model.name_or_path, add_bos_token)
+        return Transformers(source, tokenizer, add_bos_token)
     if not interop.is_transformers(source):
         return Own(checkpoints.read(source), str(source), device)
     interop.library().utils.logging.set_verbosity_error()
@@ -302,17 +306,21 @@ def digest(text: str) -> str:
 def _tokenizer(where: str | Path, add_bos_token: bool | None) -> Any:
     options = {} if add_bos_token is None else {"add_bos_token": add_bos_token}
     try:
-        logging.getLogger("transformers").setLevel(logging.ERROR)
-        return interop.library().AutoTokenizer.from_pretrained(where, **options)
+        made = interop.library().AutoTokenizer.from_pretrained(where, **options)
+        why = "" if made.encode("a word", add_special_tokens=False) else "its vocabulary is empty"
     except (OSError, ValueError, KeyError, TypeError) as error:
+        why = str(error).strip().partition("\n")[0] or type(error).__name__
+    if why:
         raise UserError(
-            f"cannot load a tokenizer from {where} ({str(error).strip().splitlines()[0]}); copy the tokenizer files of the "
-            f"model it was made from into that folder"
-        ) from error
+            f"cannot load a tokenizer from {where} ({why}); copy the tokenizer files of the model it was made from into that folder"
+        )
+    return made
 
 
 def _dtype(name: str) -> torch.dtype | str:
+    if name == "auto":
+        return name
     found = getattr(torch, name, None)
-    if name != "auto" and not isinstance(found, torch.dtype):
+    if not isinstance(found, torch.dtype):
         raise UserError(f"there is no dtype {name!r}; give auto, float32, bfloat16 or float16")
-    return name if name == "auto" else found
+    return found

@@ -228,8 +228,8 @@ class MoEPruneLM(TemplateLM):  # type: ignore[misc]
             numbers.append(len(parts))
         together = self._batch_size if self.engine.windows_in_order else max(1, len(windows))
         answers: list[tuple[float, bool]] = []
-        for start in range(0, len(windows), together):
-            answers += self._loglikelihood_tokens(windows[start : start + together], disable_tqdm=disable_tqdm)
+        for start in tqdm(range(0, len(windows), together), disable=disable_tqdm, desc="batches of windows"):
+            answers += self._loglikelihood_tokens(windows[start : start + together], disable_tqdm=True)
         scores = iter([score for score, _ in answers])
         totals = []
         for request, number in zip(requests, numbers, strict=True):

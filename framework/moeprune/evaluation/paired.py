@@ -31,7 +31,9 @@ def paired(scores: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str,
         other = reference["rows"][task]
         rows[task] = _row(mine, other, [mine["documents"]], [other["documents"]])
     for family, mine in scores["families"].items():
-        documents, others = ([side["rows"][task]["documents"] for task in mine["tasks"]] for side in (scores, reference))
+        documents, others = (
+            [side["rows"][task]["documents"] for task in mine["tasks"]] for side in (scores, reference)
+        )
         families[family] = _row(mine, reference["families"][family], documents, others)
     return {
         "format": FORMAT,
@@ -70,6 +72,9 @@ def comparable(scores: Mapping[str, Any], reference: Mapping[str, Any]) -> None:
     """
     a, b = scores["model"], reference["model"]
     same_tasks(a, scores["rows"], scores["limit"], reference)
+    if scores["max_length"] != reference["max_length"]:
+        shown = f"{scores['max_length']} and {reference['max_length']}"
+        raise UserError(f"{a} and {b} were given different numbers of tokens at a time (max_length {shown}); {AGAIN}")
     for task, row in scores["rows"].items():
         other = reference["rows"][task]
         for key, what in (
@@ -85,7 +90,9 @@ def comparable(scores: Mapping[str, Any], reference: Mapping[str, Any]) -> None:
             raise UserError(
                 f"{a} and {b} were scored with different prompts on {task} (examples, chat template); {AGAIN}"
             )
-    if {k: v["tasks"] for k, v in scores["families"].items()} != {k: v["tasks"] for k, v in reference["families"].items()}:
+    if {k: v["tasks"] for k, v in scores["families"].items()} != {
+        k: v["tasks"] for k, v in reference["families"].items()
+    }:
         raise UserError(f"{a} and {b} were scored with suites that average over different tasks; {AGAIN}")
 
 

@@ -39,6 +39,7 @@ def score(
     name: str = "moeprune",
     *,
     dtype: str = "auto",
+    max_length: int | None = None,
     max_gen_toks: int | None = None,
     apply_chat_template: bool = False,
     think_end_token: str | None = None,
@@ -56,6 +57,7 @@ def score(
         device: torch device.
         name: of the model, in the results.
         dtype: of a transformers model's weights; `auto` takes the checkpoint's.
+        max_length: longest sequence in tokens, where the model takes more than memory does; longer prompts are cut on the left.
         max_gen_toks: longest answer in tokens, for every task that generates; None takes what the suite or the task says, at most
             half of what the model takes.
         apply_chat_template: put prompts into the tokenizer's chat template; examples become turns of their own.
@@ -67,8 +69,9 @@ def score(
     """
     if limit is not None and limit < 1:
         raise UserError(f"limit must be at least 1, got {limit}")
-    if max_gen_toks is not None and max_gen_toks < 1:
-        raise UserError(f"max_gen_toks must be at least 1, got {max_gen_toks}")
+    for option, value in (("max_gen_toks", max_gen_toks), ("max_length", max_length)):
+        if value is not None and value < 1:
+            raise UserError(f"{option} must be at least 1, got {value}")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     import lm_eval
@@ -78,7 +81,12 @@ def score(
 
     members, tasks = load(suite, checkpoint, run_unsafe_code)
     lm = MoEPruneLM(
-        checkpoint, batch_size=batch_size, device=device, dtype=dtype, think_end_token=think_end_token
+        checkpoint,
+        batch_size=batch_size,
+        max_length=max_length,
+        device=device,
+        dtype=dtype,
+        think_end_token=think_end_token,
     )
     if apply_chat_template and not lm.chat_template(True):
         raise UserError(f"the tokenizer of {name} has no chat template; leave out --apply_chat_template")
@@ -111,6 +119,7 @@ def score(
         "limit": limit,
         "bootstrap_iters": BOOTSTRAPS,
         "fewshot_seed": FEWSHOT_SEED,
+        "max_length": lm.max_length,
         "max_gen_toks": {leaf: room for leaf, room in answers.items() if room},
         "apply_chat_template": apply_chat_template,
         "think_end_token": think_end_token,
@@ -129,6 +138,7 @@ def score(
         "model": name,
         "weights_sha256": results["config"]["weights_sha256"],
         "limit": limit,
+        "max_length": lm.max_length,
         "rows": rows,
         "families": {family: {"tasks": list(names), **averaged(rows, names)} for family, names in families.items()},
     }
@@ -184,7 +194,11 @@ def prepare(task: Any, num_fewshot: int | None, max_gen_toks: int | None) -> Non
         for instance in made if isinstance(made, list) else [made]:
             if instance.request_type == "generate_until":
                 context, options, *rest = instance.arguments
-                kept = {k: v for k, v in options.items() if k not in ("max_new_tokens", "max_tokens", "max_completion_tokens")}
+                kept = {
+                    k: v
+                    for k, v in options.items()
+                    if k not in ("max_new_tokens", "max_tokens", "max_completion_tokens")
+                }
                 instance.arguments = (context, {**kept, "max_gen_toks": max_gen_toks}, *rest)
         return made
 
@@ -220,7 +234,9 @@ def averaged(rows: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> dic
     }
 
 
-def _row(results: Mapping[str, Any], task: Task, leaves: Sequence[str], answers: Mapping[str, int | None]) -> dict[str, Any]:
+def _row(
+    results: Mapping[str, Any], task: Task, leaves: Sequence[str], answers: Mapping[str, int | None]
+) -> dict[str, Any]:
     first = results["results"][leaves[0]]
     key = f"{task.metric},none" if task.metric and "," not in task.metric else task.metric
     known = [name for name in first if "," in name and "_stderr," not in name]

@@ -3,6 +3,7 @@
     equal counts      a stock checkpoint of the same family, with a smaller number of experts in its configuration
     unequal counts    renumbered tensors, `num_experts_per_layer` in the configuration, and a modeling file that
                       AutoModelForCausalLM loads with trust_remote_code=True
+    head with a bias  (of moeprune's own models) the modeling file as well
 
 Both hold `moeprune.json`: the original ids of the experts of every layer, the plans, and where the model came from.
 """
@@ -67,7 +68,9 @@ def tokenizer(path: Path) -> Any:
         UserError: there is none.
     """
     if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
-        raise UserError(f"{path} holds no tokenizer (tokenizer.json, tokenizer.model, ...); put the model's tokenizer there")
+        raise UserError(
+            f"{path} holds no tokenizer (tokenizer.json, tokenizer.model, ...); put the model's tokenizer there"
+        )
     try:
         return library().AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -291,11 +294,13 @@ def finish(
 
 
 def layout(model: TransformersModel) -> dict[str, Any]:
-    """What a configuration must say of the pruned layers."""
+    """What a configuration must say of the pruned layers and of a head with a bias."""
     config = model.config
     counts = counts_of(model)
+    head = {"head_bias": True} if getattr(config, "moeprune", {}).get("head_bias") else {}
     if len(set(counts)) == 1:
-        return {"count_field": count_field(config), "n_experts": counts[0], "class": stock_class(config).__name__}
+        found = {"count_field": count_field(config), "n_experts": counts[0], "class": stock_class(config).__name__}
+        return {**found, "moeprune": head} if head else found
     layers = [
         {"n_experts": layer.n_experts, "tensors": layer.where.tensors, "attributes": layer.where.attributes}
         for layer in model.moe_layers
@@ -305,21 +310,24 @@ def layout(model: TransformersModel) -> dict[str, Any]:
         "n_experts": model.n_original,
         "num_experts_per_layer": counts,
         "class": stock_class(config).__name__,
-        "moeprune": {"layers": layers},
+        "moeprune": {"layers": layers, **head},
     }
 
 
 def write_config(folder: Path, found: dict[str, Any]) -> None:
-    """Put `layout` into a folder's config.json, and the modeling file beside it where layers are unequal."""
+    """Put `layout` into a folder's config.json, and the modeling file beside it where stock code does not do."""
     data = read_json(folder / "config.json", "configuration")
     text = data.get("text_config", data)
     text[found["count_field"] if found["count_field"] in text else _spelled(text, found["count_field"])] = found[
         "n_experts"
     ]
+    for key in ("num_experts_per_layer", "moeprune", "auto_map"):  # of an earlier export
+        data.pop(key, None)
+    if "num_experts_per_layer" in found:
+        data["num_experts_per_layer"] = found["num_experts_per_layer"]
     if "moeprune" in found:
         name = f"Pruned{found['class']}"
         data |= {
-            "num_experts_per_layer": found["num_experts_per_layer"],
             "moeprune": found["moeprune"],
             "architectures": [name],
             "auto_map": {"AutoModelForCausalLM": f"modeling_moeprune.{name}"},
@@ -327,11 +335,10 @@ def write_config(folder: Path, found: dict[str, Any]) -> None:
         code = Path(modeling_moeprune.__file__).read_text(encoding="utf-8")
         head, _, body = code.partition("from torch import nn\n")
         imports = f"from torch import nn\nfrom transformers import {found['class']}\n"
-        tail = f'\n\nclass {name}(PrunedExperts, {found["class"]}):\n    """{found["class"]} with unequal layers."""\n'
+        what = f"{found['class']} as moeprune changed it."
+        tail = f'\n\nclass {name}(PrunedExperts, {found["class"]}):\n    """{what}"""\n'
         write_text(folder / "modeling_moeprune.py", head + imports + body + tail)
     else:
-        for key in ("num_experts_per_layer", "moeprune", "auto_map"):
-            data.pop(key, None)
         data["architectures"] = [found["class"]]  # not that of an earlier export with unequal layers
     write_text(folder / "config.json", json.dumps(data, indent=2) + "\n")
 

@@ -6,6 +6,7 @@ experts that a plan merges are read as numbers, one group at a time.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import math
@@ -31,6 +32,7 @@ from moeprune.pruning.merging import merge_experts
 from moeprune.pruning.plan import Merge, PrunePlan
 
 BLOCK = 256 << 10  # bytes copied at a time; 1 MB and more took several times as long
+FLUSH = 64 << 20  # bytes after which the system is asked to write to the disk, beside the copying
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -185,9 +187,10 @@ def _cut(disk: OnDisk, plan: PrunePlan) -> list[_Out]:
         {layer.ids.index(merge.into) for merge in merges} for layer, merges in zip(layers, plan.merges, strict=False)
     ]
     merged += [set() for _ in layers[len(merged) :]]
+    left_out = set(disk.left_out)
     made = []
     for name, stored in disk.tensors.items():
-        if name in disk.left_out:
+        if name in left_out:
             continue
         role = disk.roles.get(name)
         if role is None:
@@ -245,17 +248,18 @@ def _write(disk: OnDisk, plan: PrunePlan, shards: Sequence[Sequence[_Out]], fold
     read = 0
     experts = _MergedExperts(disk, plan)
     weight_map: dict[str, str] = {}
-    flushed: list[Future[None]] = []
     sources: dict[Path, FileIO] = {}
     view = memoryview(bytearray(BLOCK))
     with ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(1))  # a shard is flushed to the disk while the next one is copied
+        flusher = _Flusher(stack.enter_context(ThreadPoolExecutor(1)))
         for number, shard in enumerate(shards):
             single = len(shards) == 1
             name = "model.safetensors" if single else f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
             weight_map |= {tensor.name: name for tensor in shard}
             target = stack.enter_context((folder / name).open("xb", buffering=0))
-            _put(target, memoryview(_header(shard)))
+            header = _header(shard)
+            _reserve(target, len(header) + sum(tensor.size for tensor in shard))
+            _put(target, memoryview(header))
             for piece in _runs(piece for tensor in shard for piece in tensor.pieces):
                 if isinstance(piece, _Merged):
                     data = experts.share(piece)
@@ -266,11 +270,11 @@ def _write(disk: OnDisk, plan: PrunePlan, shards: Sequence[Sequence[_Out]], fold
                 if piece.file not in sources:
                     sources[piece.file] = stack.enter_context(piece.file.open("rb", buffering=0))
                 for size in _copy(sources[piece.file], piece, target, view):
+                    flusher.wrote(target, size)
                     bar(size)
                 read += piece.size
-            flushed.append(pool.submit(os.fsync, target.fileno()))
-        for future in flushed:
-            future.result()
+            flusher.ends(target)
+        flusher.finish()
     if len(shards) > 1:
         size = sum(tensor.size for shard in shards for tensor in shard)
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
@@ -306,6 +310,49 @@ def _runs(pieces: Iterator[_Range | _Merged]) -> Iterator[_Range | _Merged]:
             last = piece
     if last is not None:
         yield last
+
+
+class _Flusher:
+    """Writes files to the disk, in a thread, while they grow: at the end little is left to wait for."""
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self._pool = pool
+        self._waiting = 0  # bytes
+        self._calls: list[Future[None]] = []
+
+    def wrote(self, target: FileIO, size: int) -> None:
+        """So many more bytes are in the file."""
+        self._waiting += size
+        if self._waiting >= FLUSH and (not self._calls or self._calls[-1].done()):
+            self.ends(target)
+
+    def ends(self, target: FileIO) -> None:
+        """Flush what the file holds now."""
+        self._waiting = 0
+        self._calls.append(self._pool.submit(os.fsync, target.fileno()))
+
+    def finish(self) -> None:
+        """Wait.
+
+        Raises:
+            OSError: something did not reach the disk.
+        """
+        for call in self._calls:
+            call.result()
+
+
+def _reserve(target: FileIO, size: int) -> None:
+    """Have the file system set bytes aside, where it can do so without writing them.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    try:
+        reserve = ctypes.CDLL(None, use_errno=True).fallocate
+    except (AttributeError, OSError, TypeError):
+        return  # not Linux
+    if reserve(target.fileno(), 0, ctypes.c_int64(0), ctypes.c_int64(size)) and ctypes.get_errno() == errno.ENOSPC:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _put(target: FileIO, data: memoryview) -> None:
@@ -388,9 +435,14 @@ def _scratch(output: Path) -> Iterator[Path]:
             yield made
             (made / ".lock").unlink()
             shutil.rmtree(old, ignore_errors=True)
-            if output.exists():
+            if replaced := output.exists():
                 output.rename(old)
-            made.rename(output)
+            try:
+                made.rename(output)
+            except OSError:
+                if replaced:
+                    old.rename(output)
+                raise
             _flush(output.parent)
             shutil.rmtree(old, ignore_errors=True)
         except BaseException:

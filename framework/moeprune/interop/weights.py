@@ -71,7 +71,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Role:
-    """What a tensor on disk, one entry or one expert's share of which goes with each expert, is in memory.
+    """What a tensor on disk that holds something of one expert, or of each of them, becomes in memory.
 
     Args:
         layer: position among the MoE layers.
@@ -112,9 +112,7 @@ class OnDisk:
     model: TransformersModel  # on the meta device; its `expert_ids` are those on disk
     tensors: Mapping[str, Stored]  # in the order in which they lie on disk
     roles: Mapping[str, Role]  # of the tensors that go with experts
-    left_out: tuple[
-        str, ...
-    ]  # tensors that transformers does not load for this family, such as layers of token prediction
+    left_out: tuple[str, ...]  # what transformers does not load for this family: layers that predict further tokens
 
     def __init__(self, path: Path | str) -> None:
         transformers = library()
@@ -256,6 +254,7 @@ class OnDisk:
             path: Role(layer, path, dim)
             for layer, where in enumerate(self.model.where)
             for path, dim in where.tensors.items()
+            if path in names.state  # else it is computed when the model is built, and not saved
         }
 
         def role_of(name: str) -> Role | None:
@@ -327,7 +326,7 @@ class OnDisk:
             if role is not None:
                 found[name] = replace(role, exact=False)
         self.roles, self.left_out = found, tuple(left_out)
-        self._expected = {path: names.state[path].shape for path in cut if path in names.state}
+        self._expected = {path: names.state[path].shape for path in cut}
 
     def _check(self) -> None:
         """Every tensor that goes with experts is there, with an entry for each of them."""
@@ -351,7 +350,7 @@ class OnDisk:
             n_experts = self.model.moe_layers[layer].n_experts
             for path in where.tensors:
                 if path not in self._expected:
-                    continue  # not saved: computed when the model is built
+                    continue
                 if path not in fused and len({part for part, _ in numbers[path]}) < parts.get(path, 1):
                     raise UserError(
                         f"{self.path} lacks {path} of MoE layer {layer}, or a part of it; complete the download"

@@ -49,10 +49,13 @@ class Attention(nn.Module):
 
     def _normed(self, x: Tensor, norm: nn.Module) -> Tensor:
         """`norm` of x [B, H, S, C], of each head or of all heads of a position together."""
-        if self.qk_norm == "head":
-            of_heads: Tensor = norm(x)
-            return of_heads
-        return rearrange(norm(rearrange(x, "b h s c -> b s (h c)")), "b s (h c) -> b h s c", h=x.shape[1])
+        if self.qk_norm == "full":
+            together: Tensor = rearrange(
+                norm(rearrange(x, "b h s c -> b s (h c)")), "b s (h c) -> b h s c", h=x.shape[1]
+            )
+            return together
+        each: Tensor = norm(x)
+        return each
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moeprune.parallel.dispatch import Dispatcher, Local
+
 ROWS_PER_BLOCK = 1024  # rows x (D + 3 F) floats of scratch: a few MB, near the last-level cache
 
 
@@ -75,16 +77,20 @@ def each_swiglu(x: Tensor, indices: Tensor, gate_up: Tensor, down: Tensor) -> Te
 
 
 def _blocks(counts: Sequence[int], rows: int) -> list[tuple[int, int, list[tuple[int, int, int]]]]:
-    """Cut the sorted rows into blocks of at most `rows`: (start, end, [(expert, start, end), ...]) each."""
+    """Cut the sorted rows into blocks of at most `rows`: (start, end, [(expert, start, end), ...]) each.
+
+    How an expert's rows are cut depends on their number alone, so its outputs are the same bits whatever other experts there
+    are: products of other sizes round differently.
+    """
     blocks: list[tuple[int, int, list[tuple[int, int, int]]]] = []
     start = row = 0
     pieces: list[tuple[int, int, int]] = []
     for expert, count in enumerate(counts):
         while count:
-            if row - start == rows:
+            n = min(count, rows)
+            if row + n - start > rows:
                 blocks.append((start, row, pieces))
                 start, pieces = row, []
-            n = min(count, rows - (row - start))
             pieces.append((expert, row, row + n))
             row, count = row + n, count - n
     if pieces:
@@ -163,7 +169,8 @@ Backend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]  # argument
 class Experts(nn.Module):
     """E SwiGLU experts as two tensors, in the layout of transformers 5.
 
-    `backend` computes them; calibration replaces it for a while by one that measures as well.
+    `backend` computes them; calibration replaces it for a while by one that measures as well. `dispatcher` brings tokens to
+    them: under expert parallelism the tensors hold this process's experts only.
 
     Args:
         n_experts: E.
@@ -177,6 +184,7 @@ class Experts(nn.Module):
     def __init__(self, n_experts: int, d_model: int, d_expert: int, output_std: float) -> None:
         super().__init__()
         self.backend: Backend = grouped_swiglu
+        self.dispatcher: Dispatcher = Local()
         self.gate_up = nn.Parameter(torch.empty(n_experts, 2 * d_expert, d_model))
         self.down = nn.Parameter(torch.empty(n_experts, d_model, d_expert))
         nn.init.normal_(self.gate_up, std=0.02 * math.sqrt(math.sqrt(768 / d_model)))
@@ -189,7 +197,8 @@ class Experts(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
-        return self.backend(x, indices, weights, gate_up, down)
+        x, indices, weights, handle = self.dispatcher.dispatch(x, indices, weights)
+        return self.dispatcher.combine(self.backend(x, indices, weights, gate_up, down), handle)
 
     def each(self, x: Tensor, indices: Tensor) -> Tensor:
         """[T, K, D] output of each chosen expert before the combine weight, without gradients."""

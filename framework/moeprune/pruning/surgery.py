@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,11 @@ from torch.optim import Optimizer
 
 from moeprune.errors import UserError
 from moeprune.model.prunable import PrunableModel
+from moeprune.parallel.dispatch import Dispatcher, Local
 from moeprune.pruning.merging import merge_experts
 from moeprune.pruning.plan import PrunePlan
+
+_LOCAL = Local()
 
 
 @torch.no_grad()
@@ -40,14 +43,16 @@ def apply_plan(model: PrunableModel, plan: PrunePlan, optimizers: Iterable[Optim
         if tuple(sorted(layer.ids)) != before:
             raise UserError(f"the plan was made for other experts than layer {index} of this model has")
     for index, (layer, kept) in enumerate(zip(layers, plan.kept, strict=True)):
-        if plan.merges:
-            merge_experts(layer, plan.merges[index], plan.align)
+        if plan.merges and plan.merges[index]:
+            with _dispatcher(layer.experts).everywhere(layer.experts):
+                merge_experts(layer, plan.merges[index], plan.align)
         stay = set(kept)
         positions = [position for position, expert in enumerate(layer.ids) if expert in stay]
         if len(positions) == layer.n_experts:
             continue
         for owner, name, dim in list(layer.expert_tensors()):
-            _cut(owner, name, dim, positions, optimizers)
+            _cut(owner, name, dim, _dispatcher(owner).rows(positions), optimizers)
+        _cut_dispatcher(layer.experts, positions)
         layer.resized(len(positions))
 
 
@@ -67,7 +72,10 @@ def only(model: PrunableModel, kept: Sequence[Sequence[int]]) -> Iterator[None]:
                 continue
             for owner, name, dim in list(layer.expert_tensors()):
                 saved.append((owner, name, getattr(owner, name)))
-                _cut(owner, name, dim, positions, [])
+                _cut(owner, name, dim, _dispatcher(owner).rows(positions), [])
+            if hasattr(layer.experts, "dispatcher"):
+                saved.append((layer.experts, "dispatcher", layer.experts.dispatcher))
+            _cut_dispatcher(layer.experts, positions)
             layer.resized(len(positions))
         yield
     finally:
@@ -77,34 +85,63 @@ def only(model: PrunableModel, kept: Sequence[Sequence[int]]) -> Iterator[None]:
             layer.resized(n_experts)
 
 
+def _dispatcher(owner: Any) -> Dispatcher:
+    """Where the rows of an owner's tensors live: all of them here, unless it says otherwise."""
+    found: Dispatcher = getattr(owner, "dispatcher", _LOCAL)
+    return found
+
+
+def _cut_dispatcher(experts: Any, positions: list[int]) -> None:
+    if hasattr(experts, "dispatcher"):
+        experts.dispatcher = experts.dispatcher.cut(positions)
+
+
 def _cut(owner: Any, name: str, dim: int, positions: list[int], optimizers: list[Optimizer]) -> None:
     old = getattr(owner, name)
     if old is None:
         return
-    select = torch.tensor(positions, device=old.device)
+    select = torch.tensor(positions, dtype=torch.int64, device=old.device)
+    replace_tensor(owner, name, lambda tensor: tensor.index_select(dim, select), optimizers)
+
+
+def replace_tensor(owner: Any, name: str, change: Callable[[Tensor], Tensor], optimizers: Iterable[Optimizer]) -> None:
+    """Put `change` of a tensor in its place. A parameter becomes a new one, which takes the old one's place in the optimizers'
+    parameter groups; its gradient and the optimizers' state are changed alike, always in the same order.
+
+    Raises:
+        UserError: an optimizer's state has another shape than its parameter.
+    """
+    old = getattr(owner, name)
     if not isinstance(old, nn.Parameter):
-        setattr(owner, name, old.index_select(dim, select))
+        setattr(owner, name, change(old))
         return
-    new = nn.Parameter(old.detach().index_select(dim, select), requires_grad=old.requires_grad)
+    new = nn.Parameter(change(old.detach()), requires_grad=old.requires_grad)
     if old.grad is not None:
-        new.grad = old.grad.index_select(dim, select)
+        new.grad = change(old.grad)
     setattr(owner, name, new)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
         if old in optimizer.state:
             optimizer.state[new] = {
-                key: _cut_state(value, old, dim, select, f"{type(optimizer).__name__} state {key!r}")
+                key: change(value)
+                if of_parameters_shape(value, old, f"{type(optimizer).__name__} state {key!r}")
+                else value
                 for key, value in optimizer.state.pop(old).items()
             }
 
 
-def _cut_state(value: object, old: Tensor, dim: int, select: Tensor, what: str) -> object:
+def of_parameters_shape(value: object, parameter: Tensor, what: str) -> TypeGuard[Tensor]:
+    """Whether a value of an optimizer's state has one entry per weight; numbers have not.
+
+    Raises:
+        UserError: a tensor of another shape, which nobody can cut; `what` names it.
+    """
     if not isinstance(value, Tensor) or value.ndim == 0:
-        return value
-    if value.shape != old.shape:
+        return False
+    if value.shape != parameter.shape:
         raise UserError(
-            f"{what} has shape {tuple(value.shape)} for a parameter of shape {tuple(old.shape)} and cannot be cut; "
+            f"{what} has shape {tuple(value.shape)} for a parameter of shape {tuple(parameter.shape)} and cannot be cut; "
             f"use an optimizer whose state has the parameter's shape (AdamW, SGD, ...)"
         )
-    return value.index_select(dim, select)
+    return True

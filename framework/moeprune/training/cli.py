@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -14,9 +15,11 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveCon
 from pytorch_lightning.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
 
 from moeprune import names
-from moeprune.checkpoints import ENTRY, Checkpoint, read_lightning
+from moeprune.checkpoints import ENTRY, Checkpoint, differing_fields, read_lightning
 from moeprune.cli import Sentences, read_recipe
 from moeprune.errors import UserError
+from moeprune.interop import native
+from moeprune.model.config import MoEConfig
 from moeprune.training.callbacks import LastCheckpoint, Predictions, RandomState, RunRecorder
 from moeprune.training.data import TextData
 from moeprune.training.expert_pruning import ExpertPruning
@@ -74,14 +77,16 @@ class CLI(LightningCLI):
         return parser
 
     def before_instantiate_classes(self) -> None:
-        """Read the checkpoint once before anything is made.
+        """Read the checkpoint once before anything is made, and let `model.checkpoint` say the sizes.
 
         Raises:
-            UserError: there is none, it is corrupt, not moeprune's, or holds no training state.
+            UserError: there is none, it is corrupt, not moeprune's, or holds no training state; see `start_from`.
         """
         config = self.config[self.subcommand] if self.subcommand else self.config
         path = config.get("ckpt_path")
-        if self.subcommand in ("validate", "test", "predict") and not path:
+        if config.model.checkpoint is not None:
+            start_from(config, self.given)
+        elif self.subcommand in ("validate", "test", "predict") and not path:
             print("moeprune: no --ckpt_path given: this is a fresh, untrained model", file=sys.stderr)
         if path and path not in ("best", "last", "hpc"):  # names that Lightning resolves itself
             data = read_lightning(path)
@@ -90,6 +95,11 @@ class CLI(LightningCLI):
                 raise UserError(
                     f"{path} holds weights but no training state; give a checkpoint that `moeprune fit` wrote"
                 )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """As Lightning does; the arguments are kept, to tell what was asked for from what is a default."""
+        self.given = [str(arg) for arg in args or ()]
+        super().parse_arguments(parser, args)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """As Lightning does.
@@ -106,6 +116,59 @@ class CLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """LightningCLI would let hyper-parameters stored in the checkpoint override YAML and command line silently."""
+
+
+def start_from(config: Any, given: list[str]) -> None:
+    """Put the sizes of `model.checkpoint` and its tokenizer into a parsed configuration; recipes do not count against them.
+
+    Args:
+        config: of a subcommand; changed in place.
+        given: the arguments of the command line.
+
+    Raises:
+        UserError: the checkpoint cannot be read, holds no tokenizer, or the command line asks for something else.
+    """
+    path = config.model.checkpoint
+    start = native.read(path, weights=False)
+    asked = MoEConfig.from_dict(_plain(config.model.config))
+    named = {match[1] for arg in given if (match := re.match(r"--model\.config\.(\w+)", arg))}
+    if any(re.match(r"--model\.config(=|$)", arg) for arg in given):
+        named |= asked.to_dict().keys() - {"vocab_size", "max_seq_len"}
+    for name in differing_fields(asked, start.config):
+        if name in named:
+            raise UserError(
+                f"--model.config.{name} asks for {getattr(asked, name)}, but model.checkpoint={path} has "
+                f"{getattr(start.config, name)}; leave it out: sizes come from the checkpoint"
+            )
+    V, S = start.config.vocab_size, start.config.max_seq_len
+    if any(re.match(r"--data\.vocab_size(=|$)", arg) for arg in given) and config.data.vocab_size != V:
+        raise UserError(
+            f"--data.vocab_size asks for {config.data.vocab_size}, but model.checkpoint={path} has {V}; leave it out"
+        )
+    if config.data.seq_len > S:
+        raise UserError(
+            f"data.seq_len={config.data.seq_len} is more than the {S} that model.checkpoint={path} takes; lower it"
+        )
+    if config.data.tokenizer is None:
+        if not start.tokenizer:
+            raise UserError(
+                f"model.checkpoint={path} holds no tokenizer.json, without which no text can be read for it; put the model's "
+                f"tokenizer there, or name it with --data.tokenizer"
+            )
+        config.data.tokenizer = path
+    elif start.tokenizer and native.read_tokenizer(config.data.tokenizer)[0] != start.tokenizer:
+        raise UserError(
+            f"data.tokenizer={config.data.tokenizer} is another tokenizer than that of model.checkpoint={path}; leave it out"
+        )
+    config.data.vocab_size = V
+    for name, value in start.config.to_dict().items():
+        config.model.config[name] = value
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """A parsed MoEConfig as plain data."""
+    plain: dict[str, Any] = config.as_dict() if hasattr(config, "as_dict") else config.to_dict()
+    return plain
 
 
 def with_bases(args: list[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """Text as batches of tokens.
 
-    text (embedded corpus, or a folder of yours) -> byte-level BPE, trained at first use -> uint16 files, memory-mapped
+    text (embedded corpus, or a folder of yours) -> byte-level BPE, trained at first use, or a tokenizer of yours
+        -> files of uint16 (uint32 for more than 65536 tokens), memory-mapped
 
 Tokenizer and token files are cached under a hash of everything they depend on, so no cache is ever stale. A training
 batch is a pure function of (seed, step): runs that share both see the same tokens, on any number of ranks, and a resumed
@@ -26,10 +27,12 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from moeprune import embedded
+from moeprune.checkpoints import END_OF_TEXT
 from moeprune.errors import UserError
 from moeprune.files import atomic, write_text
+from moeprune.interop.native import check_vocabulary, parsed, read_tokenizer
 
-END_OF_TEXT = "<|endoftext|>"
+Tokens = NDArray[np.uint16] | NDArray[np.uint32]
 SPLITS = ("train", "valid", "test")
 _FORMAT = "1"  # part of every cache key; change it when the meaning of cached files changes
 _SAMPLE_CHARACTERS = 3_000_000  # text that the tokenizer is trained on; more does not help (docs/data.md)
@@ -135,22 +138,34 @@ def train_tokenizer(corpus: Corpus, vocab_size: int) -> Tokenizer:
 
 
 class TokenStore:
-    """A corpus as memory-mapped uint16 tokens, made at first use.
+    """A corpus as memory-mapped tokens, made at first use: uint16, or uint32 for a vocabulary above 65536.
+
+    Documents end with the end-of-text token; a tokenizer that begins texts with a token of its own does so here.
 
     Args:
         corpus: the text.
-        vocab_size: of the tokenizer; 257 (all bytes and the end of text) to 65536.
+        vocab_size: V; of a tokenizer trained here, 257 (all bytes and the end of text) to 65536.
         cache: folder; None for `cache_folder()`.
+        tokenizer: a tokenizer.json, or a checkpoint that holds one; None to train one on the corpus.
 
     Raises:
-        UserError: vocab_size out of range, a cache that cannot be written.
+        UserError: vocab_size out of range or less than the tokenizer's, no tokenizer, a cache that cannot be written.
     """
 
-    def __init__(self, corpus: Corpus, vocab_size: int, cache: Path | None = None) -> None:
-        if not 257 <= vocab_size <= 65536:
+    def __init__(
+        self, corpus: Corpus, vocab_size: int, cache: Path | None = None, tokenizer: Path | None = None
+    ) -> None:
+        self.corpus, self.vocab_size, self.end_of_text = corpus, vocab_size, END_OF_TEXT
+        self._given: str | None = None
+        self._dtype: type[np.uint16] | type[np.uint32] = np.uint16 if vocab_size <= 65536 else np.uint32
+        if tokenizer is not None:
+            self._given, self.end_of_text = _existing(tokenizer, vocab_size)
+            of = f"{hashlib.sha256(self._given.encode()).hexdigest()} {self.end_of_text} {self._dtype.__name__}"
+        elif 257 <= vocab_size <= 65536:
+            of = f"{vocab_size}"
+        else:
             raise UserError(f"vocab_size must lie between 257 (bytes and the end of text) and 65536, got {vocab_size}")
-        self.corpus, self.vocab_size = corpus, vocab_size
-        key = hashlib.sha256(f"{_FORMAT} {corpus.content_hash()} {corpus.domains} {vocab_size}".encode()).hexdigest()
+        key = hashlib.sha256(f"{_FORMAT} {corpus.content_hash()} {corpus.domains} {of}".encode()).hexdigest()
         self.folder = (cache or cache_folder()) / key[:20]
         if not (self.folder / "done").exists():
             self._build()
@@ -164,13 +179,17 @@ class TokenStore:
             with tempfile.TemporaryDirectory(dir=self.folder.parent, prefix=".new-") as name:
                 made = Path(name) / "store"
                 made.mkdir()
-                tokenizer = train_tokenizer(self.corpus, self.vocab_size)
-                write_text(made / "tokenizer.json", tokenizer.to_str())
-                end = tokenizer.token_to_id(END_OF_TEXT)
+                if self._given is None:
+                    tokenizer = train_tokenizer(self.corpus, self.vocab_size)
+                else:
+                    tokenizer = Tokenizer.from_str(self._given)
+                write_text(made / "tokenizer.json", self._given or tokenizer.to_str())
+                end = tokenizer.token_to_id(self.end_of_text)
+                assert end is not None
                 for domain in self.corpus.domains:
                     for split in SPLITS:
                         encoded = tokenizer.encode_batch(list(self.corpus.texts(domain, split)))
-                        ids = [np.asarray([*document.ids, end], dtype=np.uint16) for document in encoded]
+                        ids = [np.asarray(self._ended(document.ids, end), dtype=self._dtype) for document in encoded]
                         if not ids:
                             raise UserError(f"domain {domain!r} has no {split} text in {self.corpus.source}")
                         with atomic(made / f"{domain}.{split}.bin", "wb") as file:
@@ -186,9 +205,13 @@ class TokenStore:
                 f"cannot write the token cache {self.folder.parent}: {error.strerror}; free space, or set MOEPRUNE_CACHE"
             ) from error
 
-    def tokens(self, domain: str, split: str) -> NDArray[np.uint16]:
+    def _ended(self, ids: list[int], end: int) -> list[int]:
+        """`ids` and the end-of-text token, unless a tokenizer that is not ours has added it."""
+        return ids if self._given is not None and ids[-1:] == [end] else [*ids, end]
+
+    def tokens(self, domain: str, split: str) -> Tokens:
         """All tokens of a split, memory-mapped."""
-        return np.memmap(self.folder / f"{domain}.{split}.bin", dtype=np.uint16, mode="r")
+        return np.memmap(self.folder / f"{domain}.{split}.bin", dtype=self._dtype, mode="r")
 
     def log_unigrams(self) -> Tensor:
         """[V] log frequency of each token in train, domains weighted equally, smoothed by 1e-6."""
@@ -197,6 +220,26 @@ class TokenStore:
             tokens = self.tokens(domain, "train")
             share += np.bincount(tokens, minlength=self.vocab_size) / len(tokens) / len(self.corpus.domains)
         return torch.from_numpy(np.log(share + 1e-6)).float()
+
+
+def _existing(path: Path, vocab_size: int) -> tuple[str, str]:
+    """A tokenizer from disk and its end-of-text token.
+
+    Raises:
+        UserError: there is none, it has no end-of-text token, or gives ids beyond `vocab_size`.
+    """
+    text, end = read_tokenizer(path)
+    if not text:
+        raise UserError(
+            f"{path} holds no tokenizer.json; put the model's tokenizer there, or give another data.tokenizer"
+        )
+    check_vocabulary(text, vocab_size, str(path))
+    if parsed(text).token_to_id(end) is None:
+        told = f" ({end!r} is not in its vocabulary)" if end else ""
+        raise UserError(
+            f"the tokenizer of {path} has no end-of-text token{told}; name it as eos_token in a tokenizer_config.json beside it"
+        )
+    return text, end
 
 
 class TrainBatches:
@@ -216,7 +259,7 @@ class TrainBatches:
 
     def __init__(
         self,
-        tokens: Sequence[NDArray[np.uint16]],
+        tokens: Sequence[Tokens],
         seq_len: int,
         batch_size: int,
         n_batches: int,
@@ -289,7 +332,7 @@ class EvaluationBatches:
 
     def __init__(
         self,
-        tokens: Mapping[str, NDArray[np.uint16]],
+        tokens: Mapping[str, Tokens],
         seq_len: int,
         batch_size: int,
         n_sequences: int,
@@ -324,12 +367,14 @@ class TextData(pl.LightningDataModule):
     Args:
         source: `embedded`, or a folder with `<domain>.<split>.jsonl` files (also .jsonl.xz; one {"text": ...} a line).
         domains: which domains, in order; null for all. They are weighted equally.
-        vocab_size: of the byte-level BPE tokenizer, which is trained at first use.
+        vocab_size: of the byte-level BPE tokenizer, which is trained at first use; of the model, with a tokenizer that is there.
         seq_len: S, tokens per sequence.
         batch_size: sequences per training step, over all devices.
         eval_sequences: sequences per domain for validation and test.
         seed: of the order of the training batches.
         cache: folder of tokenizers and tokens; null for $MOEPRUNE_CACHE or the user's cache folder.
+        tokenizer: a tokenizer.json, or a checkpoint that holds one; null to train one, or, where training goes on from
+            model.checkpoint, for the checkpoint's.
     """
 
     def __init__(
@@ -342,6 +387,7 @@ class TextData(pl.LightningDataModule):
         eval_sequences: int = 16,
         seed: int = 0,
         cache: Path | None = None,
+        tokenizer: Path | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("seq_len", seq_len), ("batch_size", batch_size), ("eval_sequences", eval_sequences)):
@@ -349,14 +395,14 @@ class TextData(pl.LightningDataModule):
                 raise UserError(f"{name} must be at least 1, got {value}")
         self.corpus = Corpus(source, domains)
         self.vocab_size, self.seq_len, self.batch_size = vocab_size, seq_len, batch_size
-        self.eval_sequences, self.seed, self.cache = eval_sequences, seed, cache
+        self.eval_sequences, self.seed, self.cache, self.tokenizer = eval_sequences, seed, cache, tokenizer
         self._store: TokenStore | None = None
 
     @property
     def store(self) -> TokenStore:
         """The tokens; made at first use."""
         if self._store is None:
-            self._store = TokenStore(self.corpus, self.vocab_size, self.cache)
+            self._store = TokenStore(self.corpus, self.vocab_size, self.cache, self.tokenizer)
         return self._store
 
     def prepare_data(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from dataclasses import replace
@@ -16,7 +17,12 @@ from numpy.typing import NDArray
 from moeprune.balancing.metrics import ExpertLoad, load_metrics
 from moeprune.errors import UserError
 from moeprune.files import JsonLines
-from moeprune.parallel.restructure import check_strategy, restructure
+from moeprune.parallel.dispatch import Sharded
+from moeprune.parallel.layout import Layout
+from moeprune.parallel.placement import Placement
+from moeprune.parallel.rearrange import factor, figures, rearrange
+from moeprune.parallel.restructure import agree, check_strategy, decide, restructure
+from moeprune.parallel.strategy import ExpertParallelStrategy
 from moeprune.pruning.calibration import record
 from moeprune.pruning.constraints import Constraints
 from moeprune.pruning.evidence import Evidence
@@ -41,6 +47,10 @@ class ExpertPruning(pl.Callback):
     of `events.jsonl`. A step prunes once at most. Where the router limits its choice to groups, every group keeps the same
     number.
 
+    Under expert parallelism (docs/parallel.md) the experts that a prune leaves are placed anew, and between prunes as well
+    where that is asked for; weights and optimizer state move, what the model computes does not change. Process 0 plans, and
+    nothing is cut before all processes have compared a hash of the decision and of their own state.
+
     Args:
         pruner: what to prune with; null watches the loads only.
         trigger: when to prune; null never does.
@@ -49,6 +59,11 @@ class ExpertPruning(pl.Callback):
         evidence_windows: how many of the last windows the pruner sees.
         calibration_batches: batches of training text measured for a pruner that reads more than loads and weights.
         stop: when the trigger fires, save `trunk.ckpt` in the run's folder and end the run instead of pruning.
+        placement: of the experts over the processes of an expert-parallel group. It needs equal numbers, so plans keep a
+            multiple of ep_size; null keeps experts in their own order, in numbers that differ by one at most.
+        rearrange_every: optimizer steps between looks at the loads of the last windows, at which `placement` is asked again;
+            0 for after prunes only.
+        rearrange_above: largest over mean load of a process above which a layer is then rearranged.
 
     Raises:
         UserError: an argument out of range.
@@ -63,6 +78,9 @@ class ExpertPruning(pl.Callback):
         evidence_windows: int = 2,
         calibration_batches: int = 8,
         stop: bool = False,
+        placement: Placement | None = None,
+        rearrange_every: int = 0,
+        rearrange_above: float = 1.05,
     ) -> None:
         for name, value in (
             ("window", window),
@@ -73,6 +91,13 @@ class ExpertPruning(pl.Callback):
                 raise UserError(f"{name} must be at least 1, got {value}")
         if pruner is not None and trigger is None:
             raise UserError("pruning.pruner is set but pruning.trigger is not, so it would never prune; set a trigger")
+        if rearrange_every < 0 or rearrange_above < 1:
+            raise UserError(
+                f"rearrange_every must be at least 0 and rearrange_above at least 1, got {rearrange_every} and {rearrange_above}"
+            )
+        if rearrange_every and placement is None:
+            raise UserError("pruning.rearrange_every is set but pruning.placement is not; set one, lpt for example")
+        self.placement, self.rearrange_every, self.rearrange_above = placement, rearrange_every, rearrange_above
         self.pruner, self.trigger, self.constraints = pruner, trigger, constraints
         self.window, self.evidence_windows, self.calibration_batches = window, evidence_windows, calibration_batches
         self.stop = stop
@@ -115,6 +140,10 @@ class ExpertPruning(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse what cannot work before anything is trained."""
+        strategy = trainer.strategy
+        if stage == "fit" and self.placement is not None and isinstance(strategy, ExpertParallelStrategy):
+            together = math.lcm(self.constraints.multiple_of, strategy.ep_size)
+            self.constraints = replace(self.constraints, multiple_of=together)
         if stage != "fit" or self.trigger is None:
             return
         check_strategy(trainer)
@@ -165,6 +194,8 @@ class ExpertPruning(pl.Callback):
             self._partial = self._new_partial(module)
             self._log_window(trainer, module)
         self._ask(trainer, module)
+        if self.rearrange_every and trainer.global_step % self.rearrange_every == 0:
+            self._look_at_layout(trainer, module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the loss for triggers."""
@@ -216,29 +247,40 @@ class ExpertPruning(pl.Callback):
         self.constraints = self.constraints.for_router(model.n_groups, model.min_experts)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         began = time.perf_counter()
-        evidence = self._evidence(trainer, module)
-        plan = self.pruner.plan(evidence, self._bounds(evidence)).made_by(self.pruner)
-        # every rank the same decision
-        chosen, self._target = trainer.strategy.broadcast((plan.to_dict(), self._target))
-        plan = PrunePlan.from_dict(chosen)
+        counts = self._recent_loads(trainer)
+        plan = self._decide(trainer, module, counts)
         planned = time.perf_counter()
+        layouts = self._layouts(module, plan, counts)
+        own = [list(layer.ids) for layer in model.moe_layers]
+        now = [[list(row) for row in d.layout.ranks] for d in _sharded(module)]
+        state = [
+            step,
+            plan.to_dict(),
+            own,
+            now,
+            [count.tolist() for count in counts],
+            [layout.ranks for layout in layouts],
+        ]
+        agree(trainer, "the prune, or on the experts it starts from", state)
         before = domain_losses(model, data.evaluation_batches("valid"))
-        n_before = sum(parameter.numel() for parameter in model.parameters())
+        n_before = _n_parameters(module)
         cutting = time.perf_counter()
         restructure(trainer, lambda: apply_plan(model, plan, trainer.optimizers))
         cut = time.perf_counter()
+        moved = self._move(trainer, module, layouts, _survivors(plan, counts))
         after = domain_losses(model, data.evaluation_batches("valid"))
         module.plans = [*module.plans, plan]
         event = {
             "step": step,
             "reason": reason,
             "plan": plan.to_dict(),
-            "parameters": {"before": n_before, "after": sum(parameter.numel() for parameter in model.parameters())},
+            "parameters": {"before": n_before, "after": _n_parameters(module)},
             "val_loss": {
                 "before": {domain: losses.tolist() for domain, losses in before.items()},
                 "after": {domain: losses.tolist() for domain, losses in after.items()},
             },
             "seconds": {"plan": planned - began, "surgery": cut - cutting},
+            **({"rearrangement": moved} if moved else {}),
         }
         self.events.append(event)
         self._windows = []
@@ -269,18 +311,33 @@ class ExpertPruning(pl.Callback):
         ]
         return replace(self.constraints, min_keep=numbers, max_keep=numbers)
 
-    def _evidence(self, trainer: pl.Trainer, module: MoELanguageModel) -> Evidence:
-        """Loads of the last windows (and of the unfinished one), plus what calibration measures for this pruner."""
-        assert self.pruner is not None
+    def _recent_loads(self, trainer: pl.Trainer) -> list[NDArray[np.int64]]:
+        """Loads of the last windows and of the unfinished one, over all processes. Collective."""
         assert self._partial is not None
-        provenance = {"step": trainer.global_step, "tokens": self._tokens, "source": "training loads"}
         recent = [window.loads for window in self._windows[-self.evidence_windows :]]
         unfinished = self._partial.totals()
         if any(count.any() for count in unfinished):
             recent.append(unfinished)
         if not recent:
             raise UserError(f"no loads were recorded before the prune at step {trainer.global_step}; prune later")
-        counts: list[NDArray[Any]] = [np.sum(layer, axis=0) for layer in zip(*recent, strict=True)]
+        return [np.sum(layer, axis=0) for layer in zip(*recent, strict=True)]
+
+    def _decide(self, trainer: pl.Trainer, module: MoELanguageModel, counts: list[NDArray[np.int64]]) -> PrunePlan:
+        """The plan that process 0 makes, on every process."""
+        pruner = self.pruner
+        assert pruner is not None
+
+        def make() -> tuple[dict[str, Any], list[list[int]]]:
+            evidence = self._evidence(trainer, module, counts)
+            return pruner.plan(evidence, self._bounds(evidence)).made_by(pruner).to_dict(), self._target
+
+        chosen, self._target = decide(trainer, make)
+        return PrunePlan.from_dict(chosen)
+
+    def _evidence(self, trainer: pl.Trainer, module: MoELanguageModel, counts: list[NDArray[np.int64]]) -> Evidence:
+        """Loads, plus what calibration measures for this pruner."""
+        assert self.pruner is not None
+        provenance = {"step": trainer.global_step, "tokens": self._tokens, "source": "training loads"}
         layers = module.transformer.moe_layers
         checked = Evidence.from_counts(
             [count.tolist() for count in counts],
@@ -296,6 +353,65 @@ class ExpertPruning(pl.Callback):
         batches = data.training_batches(self.calibration_batches, data.seed + CALIBRATION_SEED_OFFSET)
         on_device = (batches.batch(i).to(module.device) for i in range(self.calibration_batches))
         return record(module.transformer, on_device, needs, {"counts": counts}, provenance)
+
+    # -- the layout ----------------------------------------------------------------------------------------------------
+
+    def _layouts(self, module: MoELanguageModel, plan: PrunePlan, counts: list[NDArray[np.int64]]) -> list[Layout]:
+        """Where the survivors go; nowhere where all experts are on this process."""
+        return [
+            self._placed(loads, sharded.size)
+            for sharded, loads in zip(_sharded(module), _survivors(plan, counts), strict=False)
+        ]
+
+    def _placed(self, loads: NDArray[np.int64], n_ranks: int) -> Layout:
+        if self.placement is None:
+            return Layout.contiguous(len(loads), n_ranks)
+        return Layout.of(self.placement.place(loads, n_ranks))
+
+    def _look_at_layout(self, trainer: pl.Trainer, module: MoELanguageModel) -> None:
+        """Rearrange the layers whose loads are too uneven over the processes, where that helps."""
+        assert self._partial is not None
+        if not _sharded(module) or not (self._windows or any(count.any() for count in self._partial.totals())):
+            return  # nothing counted since a prune, which placed the experts
+        counts = self._recent_loads(trainer)
+        layouts = []
+        for sharded, loads in zip(_sharded(module), counts, strict=True):
+            layout, now = sharded.layout, factor(loads, sharded.layout)
+            if now > self.rearrange_above and len(loads) % sharded.size == 0:
+                placed = self._placed(loads, sharded.size)
+                layout = placed if factor(loads, placed) < now else layout
+            layouts.append(layout)
+        agree(
+            trainer,
+            "where experts go",
+            [trainer.global_step, [count.tolist() for count in counts], [layout.ranks for layout in layouts]],
+        )
+        moved = self._move(trainer, module, layouts, counts)
+        if trainer.is_global_zero:
+            self._events_file.append({"step": trainer.global_step, "rearrangement": moved})
+
+    def _move(
+        self, trainer: pl.Trainer, module: MoELanguageModel, layouts: list[Layout], counts: list[NDArray[np.int64]]
+    ) -> dict[str, Any]:
+        """Carry layouts out; per layer the max-load factors on `counts` and what to compare them with, and the cost."""
+        if not layouts:
+            return {}
+        layers, sharded = module.transformer.moe_layers, _sharded(module)
+        before = [factor(loads, d.layout) for d, loads in zip(sharded, counts, strict=True)]
+        began = time.perf_counter()
+        moved = [
+            rearrange(layer.experts, layout, trainer.optimizers) for layer, layout in zip(layers, layouts, strict=True)
+        ]
+        seconds = time.perf_counter() - began
+        compared = [figures(loads, sharded[0].size) for loads in counts]
+        return {
+            "ranks": [[list(row) for row in layout.ranks] for layout in layouts],
+            "moved": moved,
+            "seconds": seconds,
+            "before": before,
+            "after": [factor(loads, layout) for layout, loads in zip(layouts, counts, strict=True)],
+            **{name: [found[name] for found in compared] for name in compared[0]},
+        }
 
     # -- helpers -------------------------------------------------------------------------------------------------------
 
@@ -314,6 +430,9 @@ class ExpertPruning(pl.Callback):
         for name in metrics[0]:
             self._metrics[name] = float(np.mean([metric[name] for metric in metrics]))
             module.log(f"load/{name}", self._metrics[name], rank_zero_only=True)
+        factors = [factor(loads, d.layout) for d, loads in zip(_sharded(module), window.loads, strict=False)]
+        if factors:
+            module.log("load/max_load_factor", float(np.mean(factors)), rank_zero_only=True)
         if trainer.is_global_zero:
             self._loads_file.append(
                 {
@@ -322,6 +441,7 @@ class ExpertPruning(pl.Callback):
                     "expert_ids": [list(layer.ids) for layer in module.transformer.moe_layers],
                     "loads": [loads.tolist() for loads in window.loads],
                     "metrics": metrics,
+                    **({"max_load_factor": factors} if factors else {}),
                 }
             )
 
@@ -355,6 +475,30 @@ def save_checkpoint(trainer: pl.Trainer, name: str) -> None:
 def _module(module: pl.LightningModule) -> MoELanguageModel:
     assert isinstance(module, MoELanguageModel)
     return module
+
+
+def _sharded(module: MoELanguageModel) -> list[Sharded]:
+    """Per layer where its experts live, under expert parallelism; none otherwise."""
+    dispatchers = [layer.experts.dispatcher for layer in module.transformer.moe_layers]
+    return [dispatcher for dispatcher in dispatchers if isinstance(dispatcher, Sharded)]
+
+
+def _n_parameters(module: MoELanguageModel) -> int:
+    """Of the whole model, wherever its experts live."""
+    model = module.transformer
+    of_experts = {id(p) for layer in model.moe_layers for p in layer.experts.parameters()}
+    shared = sum(p.numel() for p in model.parameters() if id(p) not in of_experts)
+    return shared + sum(
+        math.prod(p.shape[1:]) * layer.n_experts for layer in model.moe_layers for p in layer.experts.parameters()
+    )
+
+
+def _survivors(plan: PrunePlan, counts: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
+    """Loads of the experts that stay."""
+    return [
+        loads[[expert in set(kept) for expert in before]]
+        for loads, before, kept in zip(counts, plan.before, plan.kept, strict=True)
+    ]
 
 
 def _mean(losses: dict[str, NDArray[np.float64]]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moeprune.balancing.balancer import Balancer, sum_over_ranks
-from moeprune.checkpoints import ENTRY, Checkpoint, differing_fields
+from moeprune.checkpoints import END_OF_TEXT, ENTRY, Checkpoint, differing_fields
 from moeprune.errors import UserError
+from moeprune.interop import native
 from moeprune.model.config import MoEConfig
 from moeprune.model.transformer import MoETransformer
+from moeprune.parallel.strategy import ExpertParallelStrategy
 from moeprune.pruning.plan import PrunePlan
 
 
@@ -46,7 +49,7 @@ def initial_model(config: MoEConfig, seed: int, log_unigrams: Tensor | None) -> 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = MoETransformer(config)
-    if log_unigrams is not None:
+    if log_unigrams is not None and model.head.bias is not None:
         with torch.no_grad():
             model.head.bias.copy_(log_unigrams)
     return model
@@ -67,9 +70,12 @@ class MoELanguageModel(pl.LightningModule):
         warmup_steps: optimizer steps of linear warm-up.
         decay: share of the run over which the learning rate falls, in [0, 1]; needs a bounded run.
         final_learning_rate: share of `learning_rate` that is left at the end.
-        unigram_bias: start the output bias at the log frequencies of the tokens (see docs/model.md).
+        unigram_bias: start the output bias, if there is one, at the log frequencies of the tokens (see docs/model.md).
         init_seed: of the initial weights.
         activation_checkpointing: keep only each block's input for the backward pass and compute the rest again.
+        checkpoint: go on from the model in this checkpoint: of moeprune (file or folder), or of transformers (folder or hub
+            name). It brings sizes, weights, the prunes so far and the tokenizer; `config`, `unigram_bias` and `init_seed` say
+            nothing then.
     """
 
     def __init__(
@@ -85,6 +91,7 @@ class MoELanguageModel(pl.LightningModule):
         unigram_bias: bool = True,
         init_seed: int = 0,
         activation_checkpointing: bool = False,
+        checkpoint: Path | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("decay", decay), ("final_learning_rate", final_learning_rate)):
@@ -94,7 +101,8 @@ class MoELanguageModel(pl.LightningModule):
             raise UserError(f"learning_rate must be above 0, got {learning_rate}")
         if warmup_steps < 0:
             raise UserError(f"warmup_steps must be at least 0, got {warmup_steps}")
-        self.config = config
+        self.config = config if checkpoint is None else native.read(checkpoint, weights=False).config
+        self.checkpoint = checkpoint
         self.balancers = balancers or []
         self._stepping = [b for b in self.balancers if type(b).after_step is not Balancer.after_step]
         self._counts: list[Tensor] = []  # of this rank and step so far, where a balancer asks for them
@@ -113,8 +121,14 @@ class MoELanguageModel(pl.LightningModule):
         return self.model
 
     def configure_model(self) -> None:
-        """Build the model, the same one for the same `init_seed`, whatever ran before."""
+        """Build the model, the same one for the same `init_seed`, whatever ran before; or read it from `checkpoint`."""
         if self.model is not None:
+            return
+        if self.checkpoint is not None:
+            start = native.read(self.checkpoint)
+            with torch.random.fork_rng(devices=[]):
+                self.model = start.model().train()
+            self.plans = start.plans
             return
         data = getattr(self.trainer, "datamodule", None)
         store = getattr(data, "store", None) if self.unigram_bias else None
@@ -180,6 +194,24 @@ class MoELanguageModel(pl.LightningModule):
                 f"lower the learning rate or clip gradients (--trainer.gradient_clip_val=1)"
             )
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """As Lightning does, by the norm of the whole model also where this process holds a part of it."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ExpertParallelStrategy) and gradient_clip_val and gradient_clip_algorithm != "value":
+            strategy.clip_gradients_by_norm(optimizer, gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def empty_batch(self) -> dict[str, Any]:
+        """An evaluation batch of no sequence, for a process that has none left while others have."""
+        domains = self.trainer.datamodule.corpus.domains  # type: ignore[attr-defined]
+        return {"domain": domains[0], "tokens": torch.zeros(0, 2, dtype=torch.int64)}
+
     def _evaluate(self, batch: dict[str, Any]) -> None:
         tokens, domain = batch["tokens"], batch["domain"]
         losses = sequence_losses(self(tokens[:, :-1]), tokens[:, 1:])
@@ -208,7 +240,9 @@ class MoELanguageModel(pl.LightningModule):
         trainer = self.trainer
         trained = self.training
         self.eval()
-        batches = self.trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
+        batches = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
+        if isinstance(trainer.strategy, ExpertParallelStrategy):
+            batches = trainer.strategy.evened(batches)
         for index, batch in zip(range(int(trainer.num_val_batches[0])), batches, strict=False):
             trainer.strategy.validation_step(trainer.strategy.batch_to_device(batch), index)
         means = self._domain_means()
@@ -273,6 +307,7 @@ class MoELanguageModel(pl.LightningModule):
             data.store.tokenizer_json if data is not None else "",
             data.describe() if data is not None else {},
             self.global_step,
+            data.store.end_of_text if data is not None else END_OF_TEXT,
         ).entry()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
