@@ -30,7 +30,7 @@ from moeprune.interop import streaming
 from moeprune.interop.checkpoint import export, load, read_record
 from moeprune.interop.streaming import prune_streaming
 from moeprune.interop.weights import OnDisk, weight_statistics
-from moeprune.interop.weights import _header as streaming_header
+from moeprune.interop.weights import _header as header
 from moeprune.pruning.calibration import WEIGHTS, record
 from moeprune.pruning.plan import Merge, PrunePlan
 from moeprune.pruning.surgery import apply_plan
@@ -498,7 +498,7 @@ def test_entries_are_those_of_index_select(data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "t.safetensors"
         save_file({"t": tensor, "u": tensor[None].clone()}, file)
-        found = {each.name: each for each in streaming_header(file)}
+        found = {each.name: each for each in header(file)}
         pieces = list(streaming._entries(found["t"], dim, kept, 0, set()))
         raw = file.read_bytes()
         merged = [piece for piece in streaming._runs(iter(pieces)) if isinstance(piece, streaming._Range)]
@@ -513,16 +513,19 @@ def test_entries_are_those_of_index_select(data: st.DataObject) -> None:
 
 
 def test_wide_types_come_first_so_that_all_are_aligned(tmp_path: Path) -> None:
-    """A byte before a float would put it where it cannot be read in place."""
-    source = saved("minimax_m2", tmp_path / "source", shard="1GB", dtype=torch.bfloat16)
-    edit(
-        source,
-        lambda tensors: tensors.update(a=torch.zeros(3, dtype=torch.uint8), zz=torch.ones(2, dtype=torch.float64)),
-    )
+    """Bytes at the end of the first shard would put what follows them in the output where it cannot be read in place."""
+    source = saved("minimax_m2", tmp_path / "source", dtype=torch.bfloat16)
+    first = min(source.glob("*.safetensors"))
+    extra = {"a": torch.zeros(3, dtype=torch.uint8), "zz": torch.ones(2, dtype=torch.float64)}
+    save_file(load_file(first) | extra, first, {"format": "pt"})
+    index = source / "model.safetensors.index.json"
+    listed = json.loads(index.read_text())
+    listed["weight_map"] |= dict.fromkeys(extra, first.name)
+    index.write_text(json.dumps(listed))
     prune_streaming(source, tmp_path / "pruned", keep(source, [4, 4, 4]))
-    for stored in streaming_header(tmp_path / "pruned" / "model.safetensors"):
-        width = {"U8": 1, "BF16": 2, "F32": 4, "F64": 8}[stored.dtype]
-        assert stored.start % width == 0
+    stored = header(tmp_path / "pruned" / "model.safetensors")
+    assert {each.dtype for each in stored} >= {"U8", "BF16", "F64"}
+    assert all(each.start % {"U8": 1, "BF16": 2, "F32": 4, "F64": 8}[each.dtype] == 0 for each in stored)
     with safe_open(tmp_path / "pruned" / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
         assert file.get_tensor("zz").tolist() == [1, 1]
@@ -545,7 +548,7 @@ print(peak() - before)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
-    """A checkpoint of 60 MB in shards of 4 MB, after a small one has had the libraries loaded: less than one shard more."""
+    """A checkpoint of 60 MB in shards of 4 MB, after a small one has had the libraries loaded: less than a quarter of a shard more."""
     sizes = {"hidden_size": 512, "moe_intermediate_size": 512, "head_dim": 8}
     small, large = saved("qwen3_moe", tmp_path / "small"), saved("qwen3_moe", tmp_path / "large", "4MB", **sizes)
     assert sum(p.stat().st_size for p in large.glob("*.safetensors")) > 60e6
@@ -560,4 +563,4 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
         "4MB",
     ]
     ran = subprocess.run(call, capture_output=True, text=True, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    assert int(ran.stdout) < 4e6
+    assert int(ran.stdout) < 1e6

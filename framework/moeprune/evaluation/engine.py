@@ -94,7 +94,7 @@ class Own(Engine):
         self.tokenizer = Tokenizer.from_str(checkpoint.tokenizer)
         self.model: MoETransformer = checkpoint.model().to(device)
         self.device, self.max_length = device, checkpoint.config.max_seq_len
-        end = self.tokenizer.token_to_id("<|endoftext|>")
+        end = self.tokenizer.token_to_id(checkpoint.end_of_text)
         self.end = self.prefix = self.padding = 0 if end is None else int(end)
 
     def encode(self, text: str, special: bool | None) -> list[int]:

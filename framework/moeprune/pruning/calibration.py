@@ -338,8 +338,9 @@ class _Watch:
         """
         (T, K), D = indices.shape, x.shape[1]
         f: Tensor
-        if hasattr(self._layer.experts, "each"):
-            f = self._layer.experts.each(x, indices)
+        own: Any = getattr(self._layer.experts, "each", None)
+        if own is not None:
+            f = own(x, indices)
         else:
             rows = x[:, None].expand(T, K, D).reshape(T * K, D)
             f = self._forward(rows, indices.reshape(-1, 1), x.new_ones(T * K, 1)).view(T, K, D)
