@@ -84,6 +84,7 @@ def prune(source: Path, output: Path, shard: int) -> None:
     """What the process of its own does; prints one line of JSON."""
     importlib.import_module("transformers.models.qwen3_moe.modeling_qwen3_moe")
     importlib.import_module("transformers.models.auto.modeling_auto")
+    os.sync()
     began = time.perf_counter()
     disk = OnDisk(source)
     n_layers = len(disk.model.moe_layers)

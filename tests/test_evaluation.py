@@ -186,6 +186,8 @@ def test_own_checkpoints_refuse_what_they_cannot_do(checkpoint: Checkpoint) -> N
     lm = MoEPruneLM(checkpoint)
     with pytest.raises(UserError, match="leaves no room for a prompt in the 24 tokens"):
         lm.generate_until(requests("generate_until", ("sun", {"max_gen_toks": 24})))
+    with pytest.raises(UserError, match="max_length must be at most the 24 of in memory, got 25"):
+        MoEPruneLM(checkpoint, max_length=25)
     with pytest.raises(UserError, match="greedily only"):
         lm.generate_until(requests("generate_until", ("sun", {"max_gen_toks": 4, "do_sample": True, "temperature": 1})))
     with pytest.raises(UserError, match="no chat template"):
@@ -321,10 +323,19 @@ def test_same_answers_as_hf(
         theirs.eot_token_id,
         theirs.prefix_token_id,
     )
+    passes: list[list[list[int]]] = []
+    model.register_forward_pre_hook(
+        lambda _, args, given: passes.append((args[0] if args else given["input_ids"]).tolist()), with_kwargs=True
+    )
     for kind, arguments in kinds(texts, 24 if family == "qwen3_moe" else 10).items():
-        mine = getattr(ours, kind)(requests(kind, *arguments), disable_tqdm=True)
-        assert mine == getattr(theirs, kind)(requests(kind, *arguments), disable_tqdm=True)
-        assert len({str(answer) for answer in mine}) > len(mine) // 2
+        answers, seen = [], []
+        for lm in (ours, theirs):
+            passes.clear()
+            answers.append(getattr(lm, kind)(requests(kind, *arguments), disable_tqdm=True))
+            seen.append(list(passes))
+        assert answers[0] == answers[1]
+        assert seen[0] == seen[1]  # the very same batches
+        assert len({str(answer) for answer in answers[0]}) > len(answers[0]) // 2
 
 
 def test_half_precision_is_hf_with_exact_softmax(hf: Any, tokenizer: Any, texts: list[str]) -> None:
@@ -492,6 +503,9 @@ def test_saved_results_are_compared_without_a_model(
     assert "offline_code_indent" in table
     assert "mean: bits per byte" in table
     assert "95 % interval" in table
+    row = json.loads((tmp_path / "out" / "differences.json").read_text())["families"]["word order"]
+    found = row["difference"]
+    assert f"{found['value']:+.4f} ± {found['half_width']:.4f}" in table
 
 
 def test_saved_results_serve_as_the_reference(
@@ -545,3 +559,29 @@ def test_what_cannot_be_paired(
     ]:
         assert main(["evaluate", *arguments]) == 2
         assert words in capsys.readouterr().err
+
+
+def test_words_of_the_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Better and worse, whichever way the metric points; nothing where no difference can be detected."""
+    from moeprune.commands.evaluate import show_differences
+
+    monkeypatch.setenv("COLUMNS", "100")
+    rows = {}
+    for name, up, verdict in [
+        ("a", True, "higher"),
+        ("b", False, "higher"),
+        ("c", False, "lower"),
+        ("d", True, "lower"),
+    ]:
+        found = {"value": 1.0, "half_width": 0.5, "stderr": 0.2, "verdict": verdict}
+        rows[name] = {"metric": "m", "higher_is_better": up, "value": 2.0, "reference": 1.0, "difference": found}
+    rows["e"] = {**rows["a"], "difference": {**found, "verdict": "no detectable difference"}}
+    rows["f"] = {**rows["a"], "difference": {**found, "half_width": None, "verdict": "no interval"}}
+    show_differences({"model": "x", "reference": "y", "rows": rows, "families": {}})
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    words = [line.split("│")[5].strip() for line in lines]
+    assert words == [
+        *(f"+1.0000 ± 0.5000 {word}" for word in ("better", "worse", "better", "worse")),
+        "+1.0000 ± 0.5000",
+        "+1.0000",
+    ]

@@ -173,7 +173,10 @@ def test_broken_checkpoints(
     ("options", "words"),
     [
         (["--pruner=magnitude", "--pruner.ratio=1"], "ratio must lie in [0, 1)"),
-        (["--pruner=magnitude", "--max_keep=1"], "max_keep=1 is below 2, the fewest experts that the router works with"),
+        (
+            ["--pruner=magnitude", "--max_keep=1"],
+            "max_keep=1 is below 2, the fewest experts that the router works with",
+        ),
         (["--pruner=magnitude", "--n_groups=3"], "n_groups=3 does not divide the 8 experts"),
         (["--pruner=reap", "--data=missing.txt"], "no text at missing.txt"),
         (["--pruner=reap", "--device=tpu"], "device 'tpu' cannot be used here"),

@@ -439,6 +439,8 @@ def test_fit_finds_the_costs() -> None:
         assert abs(getattr(noisy.cost, term) - value) < 4 * noisy.stderr[term] < 2 * value
     assert 1.6 < noisy.rms < 2.4
     assert f"{noisy.rms:.1f} % rms" in str(noisy)
+    assert "warning" not in str(noisy)
+    assert "measure again" in str(fitting.fit([observation("run", rng, 0.3) for _ in range(50)]))
     run = noisy.by_run()["run"]
     assert run["windows"] == 400
     assert run["error"] == pytest.approx(100 * (run["predicted"] / run["measured"] - 1))
@@ -645,6 +647,46 @@ def test_observations_of_runs(tmp_path: Path) -> None:
     }
 
 
+def test_observations_under_expert_parallelism(tmp_path: Path) -> None:
+    """Four processes, two of which share the experts; the layout is contiguous until a row of events says otherwise."""
+    strategy = "{class_path: moeprune.parallel.strategy.ExpertParallelStrategy, init_args: {ep_size: 2}}"
+    run = write_run(tmp_path / "run", devices=4, strategy=strategy)
+    events = [
+        {"step": 2, "rearrangement": {"ranks": [[[0, 3], [1, 2]], [[0, 1], [2, 3]]]}},
+        {"step": 5, "rearrangement": {"ranks": [[[0], [1, 2, 3]], [[0, 1], [2, 3]]]}},
+        {"step": 8, "rearrangement": {"ranks": [[[0, 1], [2]], [[0], [1, 2]]]}},
+    ]
+    (run / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in events))
+    found = fitting.observe([run])
+    assert len(found) == 5  # steps 5 and 6 lie before and after a move
+    # per replica a quarter of two steps' loads: 10 7.5 5 2.5 and 17.5 2.5 2.5 2.5, experts in order
+    assert found[0].amounts == pytest.approx(
+        {
+            "fixed": 1,
+            "dense": 12.5,
+            "per_token": 17.5 + 20,
+            "per_expert": 4,
+            "per_parameter": 4 * 96,
+            "link": 17.5 / 2 + 10,
+        }
+    )
+    # 11 6.5 5 2.5 as 0 3 | 1 2 and 16 4 2.5 2.5 as before
+    assert found[1].amounts["per_token"] == pytest.approx(13.5 + 20)
+    # 11.5 6.5 3.5 3.5 as 0 | 1 2 3, and 18 3 1.5 2.5
+    assert found[2].amounts["per_token"] == pytest.approx(13.5 + 21)
+    assert (found[2].amounts["per_expert"], found[2].amounts["per_parameter"]) == (3 + 2, 5 * 96)
+    assert found[3].amounts["per_token"] == pytest.approx(20 + 20)  # 12.5 7.5 | 5 and 20 | 2.5 2.5
+    rows = [json.loads(line) for line in (run / "loads.jsonl").read_text().splitlines()]
+    noted = [17.5 / 12.5, 20 / 12.5]
+    (run / "loads.jsonl").write_text("".join(json.dumps({**row, "max_load_factor": noted}) + "\n" for row in rows[:1]))
+    assert len(fitting.observe([run])) == 1
+    (run / "loads.jsonl").write_text(
+        "".join(json.dumps({**row, "max_load_factor": [1.1, 1.6]}) + "\n" for row in rows[:1])
+    )
+    with pytest.raises(UserError, match="does not say how experts lay at step 2"):
+        fitting.observe([run])
+
+
 def test_command_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two runs that differ in top_k tell per_token from the rest; the prune tells per_expert."""
     for top_k in (1, 2):
@@ -706,17 +748,17 @@ def test_command_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         (["--loads={run}", "--plan={plan}", "--pruner=laep"], ["one of --plan, --pruner and --events"]),
         (["--fit={run}/nothing"], ["is no finished run"]),
         (["--fit=[{run},{other}]"], ["data.seq_len=32", "one fit takes runs of the same model"]),
-        (["--fit={ep}"], ["trainer.strategy=ep", "a fit takes runs on one device, or ddp"]),
+        (["--fit={fsdp}"], ["trainer.strategy=fsdp", "a fit takes runs on one device, under ddp, or under ep"]),
     ],
 )
 def test_bad_input_is_one_sentence(
     args: list[str], words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, ep = write_run(tmp_path / "run"), write_run(tmp_path / "ep", strategy="ep", devices=2)
+    run, fsdp = write_run(tmp_path / "run"), write_run(tmp_path / "fsdp", strategy="fsdp", devices=2)
     other = write_run(tmp_path / "other")
     (other / "config.yaml").write_text((other / "config.yaml").read_text().replace("seq_len: 16", "seq_len: 32"))
     create("pruner", "frequency").plan(Evidence.from_counts([[4, 3, 2, 1]], 1)).save(tmp_path / "plan.json")
-    places = {"run": run, "ep": ep, "other": other, "plan": tmp_path / "plan.json"}
+    places = {"run": run, "fsdp": fsdp, "other": other, "plan": tmp_path / "plan.json"}
     assert main(["simulate", *(arg.format(**places) for arg in args)]) == 2
     message = capsys.readouterr().err
     assert message.startswith("moeprune: error: ")

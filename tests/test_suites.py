@@ -536,3 +536,27 @@ def test_out_of_memory_is_one_sentence(checkpoint: Checkpoint, monkeypatch: pyte
     monkeypatch.setattr("moeprune.evaluation.engine.Own.logits", types.MethodType(full, object()))
     with pytest.raises(UserError, match="out of memory with 4 requests at a time; give a smaller --batch_size"):
         score(checkpoint, create("suite", "offline"), limit=1, batch_size=4)
+
+
+def described(task: Task) -> str:
+    """A task as the documentation lists it."""
+    shots = f", {task.num_fewshot}-shot" if task.num_fewshot else ""
+    return f"`{task.name}` {task.metric}{shots}"
+
+
+def table() -> list[str]:
+    """The table of docs/evaluation.md."""
+    rows = []
+    for name in SUITES:
+        suite = create("suite", name)
+        families = {task: family for family, tasks in suite.families().items() for task in tasks}
+        parts: dict[str, list[str]] = {}
+        for task in suite.tasks():
+            parts.setdefault(families.get(task.name, "in no average"), []).append(described(task))
+        rows += [f"| `{name}` | {family} | {', '.join(tasks)} |" for family, tasks in parts.items()]
+    return rows
+
+
+def test_documentation_lists_the_suites() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    assert [line for line in text.splitlines() if line.startswith("| `")] == table()

@@ -160,15 +160,19 @@ def show_scores(scores: dict[str, Any], title: str) -> None:
 def show_differences(found: dict[str, Any]) -> None:
     """Print the table of a model minus its reference."""
     title = f"{found['model']} minus {found['reference']}"
-    caption = f"{ARROWS}; ± half of the 95 % interval of the paired difference"
-    table = _table("task", "metric", "value", "reference", "difference", "verdict", title=title, caption=caption)
+    caption = (
+        f"{ARROWS}; ± half of the 95 % interval, over the same documents; without a word: no detectable difference"
+    )
+    table = _table("task", "metric", "value", "reference", "difference", title=title, caption=caption)
     for name, row in _lines(found, table):
         value, half, verdict = (row["difference"][key] for key in ("value", "half_width", "verdict"))
         interval = "" if half is None else f" ± {half:.4f}"
+        word = ""
         if verdict in ("higher", "lower"):
-            verdict = "better" if (verdict == "higher") == row["higher_is_better"] else "worse"
-        numbers = (f"{row['value']:.4f}", f"{row['reference']:.4f}", f"{value:+.4f}{interval}")
-        table.add_row(name, _metric(row), *numbers, verdict)
+            word = " better" if (verdict == "higher") == row["higher_is_better"] else " worse"
+        table.add_row(
+            name, _metric(row), f"{row['value']:.4f}", f"{row['reference']:.4f}", f"{value:+.4f}{interval}{word}"
+        )
     Console().print(table)
 
 
@@ -202,7 +206,7 @@ def show_tasks(suite: Suite, title: str) -> None:
 def _table(*columns: str, **options: Any) -> Table:
     table = Table(**options)
     for column in columns:
-        table.add_column(column, no_wrap=column == "task", overflow="fold")
+        table.add_column(column, no_wrap=column in ("task", "value", "difference"), overflow="fold")
     return table
 
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from moeprune import checkpoints
 from moeprune.errors import UserError
-from moeprune.evaluation.engine import Engine, Source, digest, engine
+from moeprune.evaluation.engine import Engine, Own, Source, digest, engine
 from moeprune.evaluation.score import LONGEST_ANSWER
 from moeprune.interop.transformers import TransformersModel
 
@@ -80,8 +80,11 @@ class MoEPruneLM(TemplateLM):  # type: ignore[misc]
         if self._batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {batch_size}")
         self._max_length = int(max_length or self.engine.max_length)
-        if max_length:
-            self.engine.max_length = self._max_length
+        if isinstance(self.engine, Own) and self._max_length > self.engine.max_length:
+            raise UserError(
+                f"max_length must be at most the {self.engine.max_length} of {self._name}, got {max_length}"
+            )
+        self.engine.max_length = self._max_length
         self.max_gen_toks = int(max_gen_toks or min(LONGEST_ANSWER, self._max_length // 2))
         self.rolling_context, self.think_end_token = int(rolling_context), think_end_token
 

@@ -32,7 +32,7 @@ from moeprune.pruning.merging import merge_experts
 from moeprune.pruning.plan import Merge, PrunePlan
 
 BLOCK = 256 << 10  # bytes copied at a time; 1 MB and more took several times as long
-FLUSH = 64 << 20  # bytes after which the system is asked to write to the disk, beside the copying
+FLUSH = 256 << 20  # bytes after which the system is asked to write to the disk, beside the copying
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 

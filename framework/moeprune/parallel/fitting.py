@@ -12,17 +12,11 @@ from numpy.typing import NDArray
 
 from moeprune.errors import UserError
 from moeprune.files import read_rows
-from moeprune.parallel.simulate import TERMS, Cost, Shape, amounts
+from moeprune.parallel.simulate import TERMS, Cost, Floats, Shape, amounts
 from moeprune.parallel.traffic import config_of
 
-SAME = (  # runs that differ in one of these do not have the same costs
-    "model.config.d_model",
-    "model.config.n_layers",
-    "model.config.n_heads",
-    "model.config.n_kv_heads",
-    "model.config.d_expert",
-    "model.config.attention",
-    "model.config.router",
+# runs that differ in one of these, or in model.config, do not have the same costs
+SAME = (
     "model.activation_checkpointing",
     "data.seq_len",
     "data.vocab_size",
@@ -30,8 +24,10 @@ SAME = (  # runs that differ in one of these do not have the same costs
     "trainer.precision",
     "trainer.accumulate_grad_batches",
 )
+MAY_DIFFER = ("n_experts", "top_k")  # of model.config
 # which of two terms that cannot be told apart is fitted: the earlier one
 ORDER = ("fixed", "per_token", "dense", "per_expert", "per_parameter", "link")
+DISTURBED = 10.0  # percent of residual from which a fit is not to be trusted
 ALIKE = 1e-6  # a column that others explain up to this share of its length is explained
 UNITS = {
     "fixed": "s per step",
@@ -123,6 +119,11 @@ class Fit:
                 lines.append(f"  {term:<14} {value} ± {self.stderr[term]:.2g}")
             else:
                 lines.append(f"  {term:<14} {value}: the runs show none beyond their noise")
+        if self.rms > DISTURBED:
+            lines.append(
+                f"  warning: {self.rms:.0f} % of residual; something else made these steps slow or fast (a busy machine?): "
+                f"measure again, in turns"
+            )
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -219,60 +220,92 @@ def _way_out(term: str, same: Sequence[str]) -> str:
 
 
 def observe(folders: Sequence[str | Path]) -> list[Observation]:
-    """One observation per load window of each run: the median seconds of its steps, what they computed.
+    """One observation per load window of each run: the median seconds of its steps, what its slowest process computed.
+
+    Under expert parallelism the layout is the one that events.jsonl records; windows in which it changed are left out.
 
     Raises:
-        UserError: a run without loads or history, trained under another strategy than one device or DDP, or of another model
-            or machine than the first one.
+        UserError: a run without loads or history, trained under another strategy than one device, DDP or `ep`, or of another
+            model or machine than the first one.
     """
     found: list[Observation] = []
     first: dict[str, Any] = {}
     for folder in map(Path, folders):
         folder = folder.parent if folder.is_file() else folder
         config, windows = config_of(folder), read_rows(folder / "loads.jsonl")
-        seconds = {row["step"]: row["seconds"] for row in read_rows(folder / "history.jsonl")}
-        tokens = {row["step"]: row["tokens"] for row in read_rows(folder / "history.jsonl")}
-        if not (config and windows and seconds):
+        history = {row["step"]: row for row in read_rows(folder / "history.jsonl")}
+        if not (config and windows and history):
             raise UserError(
                 f"{folder} is no finished run: it needs config.yaml, loads.jsonl and history.jsonl; give folders of `moeprune fit`"
             )
+        model = _get(config, "model.config") or {}
         mine = {key: _get(config, key) for key in SAME}
+        mine |= {f"model.config.{key}": value for key, value in model.items() if key not in MAY_DIFFER}
         first = first or mine
         for key, value in mine.items():
-            if value != first[key]:
+            if value != first.get(key, value):
                 raise UserError(
                     f"{folder} has {key}={value}, {folders[0]} has {first[key]}; one fit takes runs of the same model and machine, "
                     f"which differ in n_experts, top_k, batch_size or prunes"
                 )
-        world = _processes(config, folder)
-        shape = Shape(mine["model.config.d_model"], mine["model.config.d_expert"])
+        world, group = _processes(config, folder)
+        moves = [row for row in read_rows(folder / "events.jsonl") if row.get("rearrangement")]
+        shape = Shape(model["d_model"], model["d_expert"])
         for row in windows:
-            steps = [step for step in range(int(row["first"]) + 1, int(row["step"]) + 1) if step in seconds]
-            if not steps:
+            start, end = int(row["first"]), int(row["step"])
+            steps = [history[step] for step in range(start + 1, end + 1) if step in history]
+            if not steps or any(start < move["step"] < end for move in moves):
                 continue
-            n = int(row["step"]) - int(row["first"])
-            loads = [np.array(layer, dtype=np.float64) / n / world for layer in row["loads"]]
-            devices = [[range(len(layer))] for layer in loads]
-            of_step = amounts(loads, devices, float(np.mean([tokens[s] for s in steps])) / world, shape.parameters)
-            found.append(
-                Observation(str(folder), float(np.median([seconds[s] for s in steps])), of_step, (shape, len(loads)))
-            )
+            loads = [np.array(layer, dtype=np.float64) / (end - start) / (world // group) for layer in row["loads"]]
+            devices = _layouts(loads, group, [move for move in moves if move["step"] <= start])
+            _same_layout(loads, devices, row, folder)
+            tokens = float(np.mean([step["tokens"] for step in steps])) / world
+            seconds = float(np.median([step["seconds"] for step in steps]))
+            of_step = amounts(loads, devices, tokens, shape.parameters)
+            found.append(Observation(str(folder), seconds, of_step, (shape, len(loads))))
     if not found:
         raise UserError("no load window of these runs has a measured step; give longer runs, or a smaller window")
     return found
 
 
-def _processes(config: Mapping[str, Any], folder: Path) -> int:
-    """Data-parallel processes of a run; every one of them holds all experts."""
+def _processes(config: Mapping[str, Any], folder: Path) -> tuple[int, int]:
+    """Processes of a run, and how many of them share the experts: 1 where every one holds all."""
     strategy, devices = _get(config, "trainer.strategy"), _get(config, "trainer.devices")
-    if isinstance(strategy, str) and strategy.partition("_")[0] in ("auto", "ddp") and isinstance(devices, int):
-        return devices * int(_get(config, "trainer.num_nodes") or 1)
-    if devices in (1, "1", [0]):
-        return 1
-    raise UserError(
-        f"{folder} ran with trainer.strategy={strategy}, trainer.devices={devices}; a fit takes runs on one device, or ddp with "
-        f"a number of devices"
-    )
+    name = str(_get(config, "trainer.strategy.class_path") or strategy).rpartition(".")[2]
+    if not isinstance(devices, int) and devices not in ("1", [0]):
+        raise UserError(f"{folder} ran with trainer.devices={devices}; a fit takes runs with a number of devices")
+    world = (devices if isinstance(devices, int) else 1) * int(_get(config, "trainer.num_nodes") or 1)
+    if name in ("ep", "ExpertParallelStrategy"):
+        return world, int(_get(config, "trainer.strategy.init_args.ep_size") or world)
+    if world > 1 and not (name == "auto" or name.startswith("ddp")):
+        raise UserError(
+            f"{folder} ran with trainer.strategy={name}; a fit takes runs on one device, under ddp, or under ep"
+        )
+    return world, 1
+
+
+def _layouts(loads: Sequence[Floats], group: int, moves: Sequence[Mapping[str, Any]]) -> list[list[list[int]]]:
+    """Per layer and process the positions of its experts: as last recorded, in their own order before that."""
+    if moves and group > 1:
+        return [[list(map(int, own)) for own in layer] for layer in moves[-1]["rearrangement"]["ranks"]]
+    return [[own.tolist() for own in np.array_split(np.arange(len(layer)), group)] for layer in loads]
+
+
+def _same_layout(
+    loads: Sequence[Floats], devices: Sequence[Sequence[Sequence[int]]], row: Mapping[str, Any], folder: Path
+) -> None:
+    """Check the layout against the load factors that the run wrote down.
+
+    Raises:
+        UserError: they are of another layout.
+    """
+    for load, layer, noted in zip(loads, devices, row.get("max_load_factor", ()), strict=False):
+        sums = [float(load[list(own)].sum()) for own in layer]
+        if not np.isclose(max(sums) * len(sums) / sum(sums), noted, rtol=1e-6):
+            raise UserError(
+                f"{folder}: events.jsonl does not say how experts lay at step {row['step']} (was the run resumed from another "
+                f"one's checkpoint?); leave the run out"
+            )
 
 
 def _get(config: Mapping[str, Any], key: str) -> Any:

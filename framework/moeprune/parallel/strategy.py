@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,7 @@ from moeprune.parallel.dispatch import AllToAll, Local, Sharded
 from moeprune.parallel.layout import Layout
 from moeprune.pruning.surgery import of_parameters_shape, replace_tensor
 
+LOST = "(?i)connection (closed|reset)|timed out|timeout|NCCL"  # of gloo and NCCL, when a process is gone
 LAYOUT = "expert_layout"  # key in a checkpoint: per layer the layout, when it was written under expert parallelism
 
 
@@ -93,6 +95,15 @@ class ExpertParallelStrategy(DDPStrategy):
     def _module(self) -> Any:
         assert self.lightning_module is not None
         return self.lightning_module
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Say what a broken connection means."""
+        super().on_exception(exception)
+        if isinstance(exception, RuntimeError) and re.search(LOST, str(exception)):
+            exception.add_note(
+                "moeprune: another process of this run has ended or does not answer; its own message says why. Resume with "
+                "--ckpt_path=<folder of the run>/last.ckpt"
+            )
 
     # -- sharding ------------------------------------------------------------------------------------------------------
 
