@@ -637,6 +637,13 @@ def test_observations_of_runs(tmp_path: Path) -> None:
     assert alone[1].seconds == pytest.approx(0.55)  # the median of steps 3 and 4
     assert alone[0].shape == (SHAPE, 2)
     two = fitting.observe([write_run(tmp_path / "b", devices=2, strategy="ddp", top_k=2)])
+    text = (tmp_path / "b/config.yaml").read_text()
+    for devices in ("'2'", "[0, 1]"):
+        (tmp_path / "b/config.yaml").write_text(text.replace("devices: 2", f"devices: {devices}"))
+        assert fitting.observe([tmp_path / "b"]) == two
+    (tmp_path / "b/config.yaml").write_text(text.replace("devices: 2", "devices: auto"))
+    with pytest.raises(UserError, match=r"trainer\.devices=auto; a fit takes runs with a number of devices"):
+        fitting.observe([tmp_path / "b"])
     assert two[0].amounts == {
         "fixed": 1,
         "dense": 25,

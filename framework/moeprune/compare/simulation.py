@@ -144,7 +144,10 @@ def stacked_bars(result: Simulation) -> Figure:
     rows = result.rows
     columns = 2 if len(rows) in (2, 4) else min(3, len(rows))
     lines = -(-len(rows) // columns)
-    figure = _figure(2.2 + 3.3 * columns, 1.55 + 1.75 * lines)
+    shown = [part for part in PARTS if any(p.parts[part] > 1e-3 * p.seconds for row in rows for p in row)]
+    legend = sum(0.6 + 0.073 * len(LOOKS[part][0]) for part in shown)  # inches, as is the title
+    width = max(2.2 + 3.3 * columns, 0.3 + legend, 0.4 + 0.092 * len(title(result)))
+    figure = _figure(width, 1.55 + 1.75 * lines)
     axes = figure.subplots(lines, columns, squeeze=False, sharey=True)
     _margins(figure, left=1.05, right=0.7, top=1.05, bottom=0.55, wspace=0.14, hspace=0.55)
     most = max(p.seconds / row[0].seconds for row in rows for p in row if row[0].seconds)
@@ -156,7 +159,6 @@ def stacked_bars(result: Simulation) -> Figure:
         last = [axes[line, column] for line in range(lines) if line * columns + column < len(rows)][-1]
         last.set_xlabel("step time, no change = 1")
         last.tick_params(labelbottom=True)
-    shown = [part for part in PARTS if any(p.parts[part] > 1e-3 * p.seconds for row in rows for p in row)]
     _title(figure, title(result), size=11)
     keys = [(LOOKS[part][0], {"color": LOOKS[part][1], "lw": 6, "solid_capstyle": "butt"}) for part in shown]
     _legend_above(figure, keys)

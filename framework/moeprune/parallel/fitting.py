@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -272,9 +273,10 @@ def _processes(config: Mapping[str, Any], folder: Path) -> tuple[int, int]:
     """Processes of a run, and how many of them share the experts: 1 where every one holds all."""
     strategy, devices = _get(config, "trainer.strategy"), _get(config, "trainer.devices")
     name = str(_get(config, "trainer.strategy.class_path") or strategy).rpartition(".")[2]
-    if not isinstance(devices, int) and devices not in ("1", [0]):
+    devices = len(devices) if isinstance(devices, list) else devices
+    if not re.fullmatch(r"[1-9]\d*", str(devices)):  # the command line leaves a string
         raise UserError(f"{folder} ran with trainer.devices={devices}; a fit takes runs with a number of devices")
-    world = (devices if isinstance(devices, int) else 1) * int(_get(config, "trainer.num_nodes") or 1)
+    world = int(devices) * int(_get(config, "trainer.num_nodes") or 1)
     if name in ("ep", "ExpertParallelStrategy"):
         return world, int(_get(config, "trainer.strategy.init_args.ep_size") or world)
     if world > 1 and not (name == "auto" or name.startswith("ddp")):

@@ -25,7 +25,7 @@ from moeprune.training.data import TextData
 from moeprune.training.expert_pruning import ExpertPruning
 from moeprune.training.module import MoELanguageModel
 
-KINDS = ("pruner", "criterion", "allocation", "trigger", "balancer")
+KINDS = ("pruner", "criterion", "allocation", "trigger", "balancer", "placement")
 SECTIONS = ("data", "model", "pruning", "checkpoint", "trainer")
 
 
