@@ -24,7 +24,7 @@ quickstart: setup  ## the main job on embedded data: train, prune, score, compar
 	$(RUN) moeprune compare --config recipes/compare/quickstart.yaml
 
 test: setup  ## the tests that take less than half a minute each
-	$(RUN) pytest -m 'not slow'
+	$(RUN) pytest -m 'not slow' --hypothesis-profile=ci  # the same examples at every call
 
 test-all: setup  ## all tests, the quick start itself among them
 	$(RUN) pytest

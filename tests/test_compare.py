@@ -379,6 +379,12 @@ def test_difference_weighs_strata_equally(rows: list[tuple[int, float, float]]) 
         assert (found["value"], found["stderr"]) == pytest.approx(mean_and_stderr(groups), abs=1e-9)
 
 
+def test_difference_of_almost_equal_documents() -> None:
+    """A variance whose square is no longer a floating-point number still has an interval."""
+    found = difference([0.0, 0.0], [0.0, 3e-150])
+    assert found["half_width"] == pytest.approx(12.7062 * 1.5e-150, rel=1e-4)
+
+
 def test_interval_covers_the_truth() -> None:
     """Over 400 repetitions a 95 % interval around a true difference of 0 leaves it out about 5 % of the time."""
     rng = np.random.default_rng(1)

@@ -98,7 +98,7 @@ def difference(
     noise = float(np.sqrt(np.mean(np.square(drifts)))) if len(drifts) else None
     variances = [(stderr**2, max(1, len(d) - len(parts))), ((noise or 0.0) ** 2, max(1, len(drifts)))]
     total = sum(variance for variance, _ in variances)
-    degrees = total**2 / sum(variance**2 / df for variance, df in variances) if total else 1.0
+    degrees = 1 / sum((variance / total) ** 2 / df for variance, df in variances) if total else 1.0
     half = float(student_t.ppf(0.975, degrees) * np.sqrt(total))
     detectable = abs(value) > half and len(d) > 1
     verdict = ("higher" if value > 0 else "lower") if detectable else NO_DIFFERENCE
