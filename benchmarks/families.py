@@ -2,7 +2,8 @@
 
     python benchmarks/families.py [--write docs/transformers.md]
 
-Small random models (tests/families.py): 3 layers, 8 experts, the family's own router in full. Columns: pruned against masked (largest
+Small random models (tests/families.py): 3 layers, 8 experts, the family's own router in full. Columns: criteria against their
+definitions (how many agree, largest relative difference of a score, each expert computed alone, token by token); pruned against masked (largest
 absolute difference of logits, fp32); reloaded from disk through stock transformers, equal and unequal counts (the same); layer by
 layer against the whole model (largest relative difference of a statistic); uniform view (difference, or no).
 """
@@ -29,7 +30,7 @@ from moeprune.pruning.surgery import apply_plan
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from families import FAMILIES, build
-from test_transformers import exactly, masked, tokens
+from test_transformers import criteria_error, exactly, masked, tokens
 
 NEEDS = frozenset({"counts", "g0f0", "g1f1", "max_f", "var_f"})
 MARK = "<!-- families -->"
@@ -41,6 +42,7 @@ def row(family: str) -> list[str]:
 
     whole = TransformersModel(build(family))
     n_parameters = sum(p.numel() for p in whole.model.parameters())
+    n_criteria, off = criteria_error(whole)
     evidence = record(whole, [tokens()], NEEDS)
     constraints = Constraints().for_router(whole.n_groups, whole.min_experts)
     plan = create("pruner", "reap", ratio=0.4).plan(evidence, constraints)
@@ -83,6 +85,7 @@ def row(family: str) -> list[str]:
         f"`{family}`",
         f"{router}{groups}",
         f"{n_parameters:,}",
+        f"{n_criteria}, {off:.0e}",
         *(f"{e:.0e}" for e in errors),
         f"{different:.0e}",
         view,
@@ -97,6 +100,7 @@ def main() -> None:
         "family",
         "router",
         "parameters",
+        "criteria",
         "pruned - masked",
         "reload, equal",
         "reload, unequal",

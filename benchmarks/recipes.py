@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shutil
+import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -213,7 +214,8 @@ def result(row: Config, folder: Path) -> Config:
     history = read_rows(place / "history.jsonl")
     history += read_rows(folder / "trunk" / "history.jsonl") if row["start"] == "trunk" else []
     events = [event for event in read_rows(place / "events.jsonl") if "plan" in event]
-    seconds = sum(step["seconds"] for step in history) + sum(sum(event["seconds"].values()) for event in events)
+    seconds = statistics.median(step["seconds"] for step in history) * len(history)
+    seconds += sum(sum(event["seconds"].values()) for event in events)
     jump = row["jump"]
     return {
         "status": "done",
@@ -241,7 +243,7 @@ def table(results: dict[str, Any]) -> str:
         "`moeprune fit --config RECIPE`. Each names the recipe that it builds on in its line `base:` and changes two or three lines.",
         "",
         f"Measured by `python benchmarks/recipes.py` at the quick start's length, {steps} steps ({whole(BASE)['trainer']['max_steps']} "
-        "are in base.yaml): *cost* is the seconds of all training steps and of the prune, on one core of a busy machine; *loss* is the "
+        "are in base.yaml): *cost* is the seconds of its training steps (their number times the median) and of the prune, on one core of a busy machine; *loss* is the "
         "final validation loss in nats per token. One seed: the quick start's drift control, which differs in the order of the text alone, "
         "ends 0.016 apart, so losses that lie closer say nothing. *Jump* is the validation loss just after the prune minus just before, ± half of "
         "its 95 % interval.",

@@ -372,12 +372,12 @@ class TransformersModel:
         """Per MoE block the module whose output is the block's input."""
         if self._norms:
             return self._norms
-        last: dict[int, nn.Module] = {}
+        last: dict[int, tuple[nn.Module, Tensor]] = {}  # by address, which stays taken as long as the tensor is held
         hooks = []
 
         def made(module: nn.Module, args: Any, out: Any) -> None:
             if isinstance(out, Tensor):
-                last[out.data_ptr()] = module
+                last[out.data_ptr()] = (module, out)
 
         found: dict[str, nn.Module] = {}
 
@@ -385,7 +385,7 @@ class TransformersModel:
             def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
                 x = args[0] if args else next(iter(kwargs.values()))
                 if x.data_ptr() in last:
-                    found[path] = last[x.data_ptr()]
+                    found[path], _ = last[x.data_ptr()]
 
             return hook
 

@@ -25,7 +25,7 @@ class LeaveOneOut(Statistic):
         f, g = seen.outputs, seen.weights.double()
         own = torch.eye(g.shape[1], dtype=g.dtype, device=g.device)
         rest = g @ (1 - own)  # [T, K] weight of the token's other experts
-        shares = g[:, None] * (1 - own) / rest.clamp(min=torch.finfo(g.dtype).tiny)[:, :, None]
+        shares = g[:, None] * (1 - own) / rest.masked_fill(rest == 0, 1)[:, :, None]  # weights may be negative
         # y - y' = g_k (f_k - mean of the other f, weighted by their shares): no difference of large numbers
         lost = torch.bmm((own - shares).to(f.dtype), f)
         errors = (g * torch.linalg.vector_norm(lost, dim=-1)).square()
