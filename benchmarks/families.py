@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from families import FAMILIES, build
 from test_transformers import criteria_error, exactly, masked, tokens
 
-NEEDS = frozenset({"counts", "g0f0", "g1f1", "max_f", "var_f"})
+NEEDS = frozenset({"counts", "g0f0", "g1f1", "max_f", "var_f", "leave_one_out", "easy_ep"})
 MARK = "<!-- families -->"
 
 

@@ -311,13 +311,22 @@ def test_uniform_view(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_layer_by_layer_equals_the_whole_model(family: str, tmp_path: Path) -> None:
-    """The same statistics to 1e-6, and never more than one decoder layer's experts in memory."""
-    build(family).save_pretrained(tmp_path / "model", max_shard_size="20KB")
+@pytest.mark.parametrize("equal", [True, False], ids=["equal", "unequal"])
+def test_layer_by_layer_equals_the_whole_model(family: str, equal: bool, tmp_path: Path) -> None:
+    """The same statistics to 1e-6, and never more than one decoder layer's experts in memory; of a pruned checkpoint, too."""
+    if equal:
+        build(family).save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    else:
+        model = TransformersModel(build(family))
+        plan = create("pruner", "frequency").plan(
+            record(model, [tokens()], frozenset({"counts"})), exactly(model, [6, 4, 8])
+        )
+        apply_plan(model, plan)
+        export(model, tmp_path / "model", [plan], max_shard_size="20KB")
     mask = torch.ones(2, 11, dtype=torch.bool)
     mask[1, 6:] = False
     batches = [tokens(), (tokens(seed=2), mask), tokens(1, 7, seed=3)]
-    needs = frozenset({"counts", "g0f0", "g1f1", "max_f", "var_f", "w1", "w2"})
+    needs = frozenset({"counts", "g0f0", "g1f1", "max_f", "var_f", "leave_one_out", "easy_ep", "w1", "w2"})
     plain = record(load(tmp_path / "model", torch.float32), batches, needs)
     resident = []
     load_layer = Skeleton.load

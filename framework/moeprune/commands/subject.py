@@ -214,18 +214,12 @@ def layerwise_evidence(
     Raises:
         UserError: moeprune's own model, or a statistic that needs the whole model and is not optional.
     """
-    from moeprune import registry
     from moeprune.interop.layerwise import record_layerwise
 
     if not interop.is_transformers(path):
         raise UserError(f"{path} is moeprune's own model, which is loaded whole; leave out --layerwise")
     folder = interop.resolve(path)
-    residual = {
-        entry.name
-        for entry in registry.entries("statistic")
-        if "residual" in registry.create("statistic", entry.name).reads
-    }
-    left_out = wanted & optional & (GRADIENTS | TRIALS | residual)
+    left_out = wanted & optional & (GRADIENTS | TRIALS)
     if left_out:
         print(f"moeprune: left out, since they need the whole model: {', '.join(sorted(left_out))}", file=sys.stderr)
     batches, provenance = transformers_batches(folder, how)

@@ -12,6 +12,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from moeprune.errors import UserError
-from moeprune.interop.checkpoint import library, read_record
+from moeprune.interop.checkpoint import library, pruned_class, read_record
 from moeprune.interop.transformers import TransformersModel, text_config
 from moeprune.pruning.calibration import GRADIENTS, TRIALS, WEIGHTS, Batch, Gate, Recording, watch
 from moeprune.pruning.evidence import Evidence
@@ -54,7 +55,7 @@ def record_layerwise(
         progress: called with layers done and in all.
 
     Raises:
-        UserError: a statistic that needs the whole model, a pruned checkpoint with unequal layers, or files that are missing.
+        UserError: a statistic that needs the whole model, or files that are missing.
     """
     if whole := sorted(needs & (GRADIENTS | TRIALS | {"weights"})):
         raise UserError(
@@ -63,11 +64,6 @@ def record_layerwise(
     skeleton = Skeleton(path, dtype, device)
     model = TransformersModel(skeleton.model, skeleton.record.get("expert_ids"), skeleton.record.get("n_original"))
     recording = Recording(model, needs - WEIGHTS, gate)
-    if "residual" in recording.reads:
-        names = [name for name, statistic in recording.measured.items() if "residual" in statistic.reads]
-        raise UserError(
-            f"{', '.join(names)} cannot be measured layer by layer; leave out --layerwise, or leave them out"
-        )
     if not recording.reads_data:
         raise UserError("nothing to measure on data; use statistics of the weights through streaming instead")
     by_layer = {layer.where.block: index for index, layer in enumerate(model.moe_layers)}
@@ -84,10 +80,13 @@ def record_layerwise(
                 tokens, mask = batch if isinstance(batch, tuple) else (batch, None)
                 inputs = tokens[:, :-1].to(device)
                 real = None if mask is None else mask[:, :-1].bool().to(device)
+                file = store / f"{number}.pt"
+                if here and number == 0 and "residual" in recording.reads:
+                    model.norms(partial(skeleton.run, depth, file, inputs, real, keep=False))
                 with ExitStack() as stack:
                     for index in here:
                         stack.enter_context(watch(recording, index, None if real is None else real.flatten()))
-                    skeleton.run(depth, store / f"{number}.pt", inputs, real)
+                    skeleton.run(depth, file, inputs, real)
                 if depth == 0:
                     recording.seen += 1
                     recording.tokens += int(inputs.numel() if real is None else real.sum())
@@ -117,13 +116,11 @@ class Skeleton:
         self.path, self.device = Path(path), device
         self.record = read_record(path)
         config = transformers.AutoConfig.from_pretrained(path)
-        if hasattr(config, "moeprune"):
-            raise UserError(
-                f"{path} has layers of unequal size, which cannot be calibrated layer by layer; load it whole"
-            )
+        cls = pruned_class(config) if hasattr(config, "moeprune") else transformers.AutoModelForCausalLM
         config.dtype = (config.dtype or torch.float32) if dtype == "auto" else dtype
         with torch.device("meta"):
-            self.model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=config.dtype).eval()
+            build = cls._from_config if hasattr(config, "moeprune") else cls.from_config
+            self.model: Any = build(config, dtype=config.dtype).eval()
         lists = [
             (name, module)
             for name, module in self.model.named_modules()
@@ -178,8 +175,10 @@ class Skeleton:
                 if parameter is not None:
                     module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    def run(self, depth: int, file: Path, tokens: Tensor, mask: Tensor | None) -> None:
-        """Run the layer at `depth` on what `file` holds (the embedded tokens for the first), and store what comes out."""
+    def run(self, depth: int, file: Path, tokens: Tensor, mask: Tensor | None, keep: bool = True) -> None:
+        """Run the layer at `depth` on what `file` holds (the embedded tokens for the first), and store what comes out, or not
+        (`keep`).
+        """
         saved = torch.load(file, weights_only=True) if depth else None
         patched = []
 
@@ -195,7 +194,8 @@ class Skeleton:
             out = own(hidden_states, *args, **kwargs)
             first = out[0] if isinstance(out, tuple) else out
             self._shape[depth] = (None, *out[1:]) if isinstance(out, tuple) else None
-            torch.save(first.cpu(), file)
+            if keep:
+                torch.save(first.cpu(), file)
             raise _Enough
 
         own = self.layers[depth][1].forward

@@ -9,7 +9,7 @@ an attribute that doubles is set when experts go. Routing is whatever the model'
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -368,9 +368,16 @@ class TransformersModel:
         return out
 
     @torch.no_grad()
-    def norms(self) -> dict[str, nn.Module]:
-        """Per MoE block the module whose output is the block's input."""
-        if self._norms:
+    def norms(self, run: Callable[[], object] | None = None) -> dict[str, nn.Module]:
+        """Per MoE block the module whose output is the block's input.
+
+        Args:
+            run: runs the model, or those of its layers that are looked for; default: two tokens through the whole model.
+
+        Raises:
+            UserError: no such module.
+        """
+        if run is None and self._norms:
             return self._norms
         last: dict[int, tuple[nn.Module, Tensor]] = {}  # by address, which stays taken as long as the tensor is held
         hooks = []
@@ -381,33 +388,32 @@ class TransformersModel:
 
         found: dict[str, nn.Module] = {}
 
-        def enters(path: str) -> Any:
+        def enters(layer: TransformersLayer) -> Any:
             def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
                 x = args[0] if args else next(iter(kwargs.values()))
-                if x.data_ptr() in last:
-                    found[path], _ = last[x.data_ptr()]
+                norm = last.get(x.data_ptr(), (None,))[0]
+                if norm is None and layer.block is not self.model:
+                    norm = layer.block  # norms come after the block: its input is the residual stream
+                if norm is None or isinstance(norm, nn.Linear):  # a projection into a latent space
+                    raise UserError(
+                        f"cannot find the residual stream before {layer.where.block} ({type(layer.block).__name__}); "
+                        f"leave out the statistics that read it"
+                    )
+                found[layer.where.block] = norm
 
             return hook
 
         for layer in self.moe_layers:
-            hook = layer.experts.register_forward_pre_hook(enters(layer.where.block), with_kwargs=True)
-            hooks.append(hook)
+            hooks.append(layer.experts.register_forward_pre_hook(enters(layer), with_kwargs=True))
         leaves = [module for module in self.model.modules() if not list(module.children())]
         hooks += [module.register_forward_hook(made) for module in leaves]
         try:
-            self.logits(torch.zeros(1, 2, dtype=torch.int64, device=self.device))
+            if run is None:
+                self.logits(torch.zeros(1, 2, dtype=torch.int64, device=self.device))
+            else:
+                run()
         finally:
             for hook in hooks:
                 hook.remove()
-        for layer in self.moe_layers:
-            if isinstance(found.get(layer.where.block), nn.Linear):
-                del found[layer.where.block]  # a projection into a latent space
-            elif layer.where.block not in found and layer.block is not self.model:
-                found[layer.where.block] = layer.block  # norms come after the block: its input is the residual stream
-            if layer.where.block not in found:
-                raise UserError(
-                    f"cannot find the residual stream before {layer.where.block} ({type(layer.block).__name__}); "
-                    f"leave out the statistics that read it"
-                )
-        self._norms = found
-        return found
+        self._norms |= found
+        return self._norms
