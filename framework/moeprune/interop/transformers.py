@@ -380,7 +380,6 @@ class TransformersModel:
         if run is None and self._norms:
             return self._norms
         last: dict[int, tuple[nn.Module, Tensor]] = {}  # by address, which stays taken as long as the tensor is held
-        hooks = []
 
         def made(module: nn.Module, args: Any, out: Any) -> None:
             if isinstance(out, Tensor):
@@ -403,8 +402,7 @@ class TransformersModel:
 
             return hook
 
-        for layer in self.moe_layers:
-            hooks.append(layer.experts.register_forward_pre_hook(enters(layer), with_kwargs=True))
+        hooks = [layer.experts.register_forward_pre_hook(enters(layer), with_kwargs=True) for layer in self.moe_layers]
         leaves = [module for module in self.model.modules() if not list(module.children())]
         hooks += [module.register_forward_hook(made) for module in leaves]
         try:
