@@ -54,8 +54,8 @@ def another_plan() -> None:
     """Process 1 gets another plan than the others."""
     decide = expert_pruning.decide
 
-    def differently(trainer: Any, make: Callable[[], Any]) -> Any:
-        plan, target = decide(trainer, make)
+    def differently(trainer: Any, make: Callable[[], Any], whole: bool) -> Any:
+        plan, target = decide(trainer, make, whole)
         if trainer.global_rank == 1:
             plan = copy.deepcopy(plan)
             plan["kept"][1] = plan["before"][1]

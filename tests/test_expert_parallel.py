@@ -58,7 +58,7 @@ UNEVEN = ["--data.domains=[sky]", "--data.eval_sequences=40", "--trainer.max_ste
 MORE = {"rearrange": [LPT, "--pruning.rearrange_every=3", "--pruning.rearrange_above=1.0"]}  # under `ep` only
 
 
-def start(jobs: list[dict[str, Any]], world: int, folder: Path) -> list[subprocess.Popen[str]]:
+def start(jobs: list[dict[str, Any]], world: int, folder: Path, script: Path = SCRIPT) -> list[subprocess.Popen[str]]:
     """One process per rank, as SLURM or torchrun would; they do the jobs one after the other."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(jobs))
@@ -68,7 +68,7 @@ def start(jobs: list[dict[str, Any]], world: int, folder: Path) -> list[subproce
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
     return [
         subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(folder / "jobs.json")],
+            [sys.executable, str(script), str(folder / "jobs.json")],
             env={**os.environ, **common, "LOCAL_RANK": str(rank)},
             stdout=(folder / f"out.{rank}").open("w"),
             stderr=(folder / f"err.{rank}").open("w"),

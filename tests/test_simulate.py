@@ -239,7 +239,7 @@ def test_survivors_keep_their_place() -> None:
     found = simulate.simulate(whole, whole.pruned(kept), Grid(4, 4), Cost(per_token=1), options)
     assert step("pruning", found).seconds == step("no change", found).seconds  # draw by draw the same
     assert step("pruning", found).spread == step("no change", found).spread > 0
-    orders = simulate._orders(whole, options)
+    orders = simulate.drawn_orders(whole, options)
     order = orders[0][:, [1, 5, 7]]
     for row, cut in zip(np.argsort(orders[0]), np.argsort(order), strict=True):
         assert [p for p in row if p in (1, 5, 7)] == [(1, 5, 7)[i] for i in cut]

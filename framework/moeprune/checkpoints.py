@@ -1,10 +1,13 @@
-"""Two forms of a trained model, one reader.
+"""Three forms of a trained model, one reader.
 
     file     a Lightning checkpoint (.ckpt): weights, optimizer, loops, callbacks, and a `moeprune` entry
-    folder   an export: model.safetensors, config.json (num_experts_per_layer, expert_ids), plans.json, tokenizer.json
+    pieces   a folder with the same, written by several processes at once; see moeprune.parallel.pieces
+    export   a folder: model.safetensors, config.json (num_experts_per_layer, expert_ids), plans.json, tokenizer.json
 
-Both hold the original ids of the experts of every layer and the history of prunes, so that a freshly built model takes
+All hold the original ids of the experts of every layer and the history of prunes, so that a freshly built model takes
 the pruned shapes before weights are loaded. Nothing is unpickled from a file: `weights_only=True`.
+
+    python -m moeprune.checkpoints PIECES FILE      turns a checkpoint in pieces into a file
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import hashlib
 import json
 import pickle
 import shutil
+import sys
 import tempfile
 import zipfile
 from collections.abc import Mapping
@@ -118,7 +122,7 @@ class Checkpoint:
 
 
 def read(path: str | Path, weights: bool = True) -> Checkpoint:
-    """Read a Lightning checkpoint or an exported folder.
+    """Read a Lightning checkpoint, in a file or in pieces, or an exported folder.
 
     Args:
         path: of it.
@@ -128,7 +132,7 @@ def read(path: str | Path, weights: bool = True) -> Checkpoint:
         UserError: no such file, a corrupt one, or one that is not moeprune's.
     """
     path = Path(path)
-    if path.is_dir():
+    if path.is_dir() and not _in_pieces(path):
         entry = read_json(path / "config.json", "model configuration")
         plans, tokenizer = path / "plans.json", path / "tokenizer.json"
         if isinstance(entry, dict):
@@ -139,23 +143,29 @@ def read(path: str | Path, weights: bool = True) -> Checkpoint:
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot read the weights {path / 'model.safetensors'}: {_first_line(error)}") from error
         return Checkpoint.from_entry(entry, state, str(path))
-    data = read_lightning(path, weights)
+    data = read_lightning(path, weights, optimizer=False)
     state = {key[len(PREFIX) :]: value for key, value in data["state_dict"].items() if key.startswith(PREFIX)}
     if not weights:
         state = {}
     return Checkpoint.from_entry(data.get(ENTRY, {}), state, str(path))
 
 
-def read_lightning(path: str | Path, weights: bool = True) -> dict[str, Any]:
-    """A Lightning checkpoint file as it is, without unpickling anything but tensors and plain data.
+def read_lightning(path: str | Path, weights: bool = True, optimizer: bool = True) -> dict[str, Any]:
+    """A Lightning checkpoint as it is, without unpickling anything but tensors and plain data.
 
     Args:
-        path: of the file.
-        weights: False leaves tensors in the file, mapped into memory.
+        path: of the file, or of the folder of one in pieces.
+        weights: False leaves tensors in the file, mapped into memory; in pieces, None in their places.
+        optimizer: False may do so with the optimizer's.
 
     Raises:
         UserError: no such file, or a corrupt one.
     """
+    if _in_pieces(path):
+        from moeprune.parallel.pieces import Folder  # half a second that most commands do not need
+
+        folder = Folder(path)
+        return folder.checkpoint(optimizer) if weights else folder.description()
     if Path(path).is_dir():
         raise UserError(f"{path} is a folder of exported weights, not a checkpoint file of a run; give the .ckpt file")
     if not Path(path).is_file():
@@ -223,6 +233,34 @@ def differing_fields(a: MoEConfig, b: MoEConfig) -> list[str]:
     return [name for name in x if name != "embedding_std" and x[name] != y[name]]
 
 
+def _in_pieces(path: str | Path) -> bool:
+    return any((Path(path) / name).is_file() for name in ("meta.pt", ".metadata"))
+
+
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[1] if len(lines) > 1 and lines[0].endswith(":") else (lines or [type(error).__name__])[0]
+
+
+def main(args: list[str]) -> int:
+    """Turn a checkpoint in pieces into a file; returns the exit code."""
+    try:
+        if len(args) != 2:
+            raise UserError("give the folder of a checkpoint in pieces and the file to write")
+        source, target = map(Path, args)
+        if not _in_pieces(source):
+            raise UserError(f"{source} is no checkpoint in pieces; nothing to do")
+        if target.exists():
+            raise UserError(f"{target} exists; choose another file")
+        data = read_lightning(source)
+        fresh = target.with_name(f".{target.name}.new")
+        torch.save(data, fresh)
+        fresh.replace(target)
+    except UserError as error:
+        print(f"moeprune: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

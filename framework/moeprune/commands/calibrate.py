@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialized
 
 from moeprune import registry
-from moeprune.commands.subject import Reading, layerwise_evidence, subject
+from moeprune.commands.subject import Reading, Subject, layerwise_evidence, subject
 from moeprune.errors import UserError, suggest
 from moeprune.files import atomic, locked, new_folder
 from moeprune.pruning import store
@@ -76,6 +76,33 @@ def command(
     if "router_w2" in wanted & optional and any("router" not in layer.weights() for layer in it.model.moe_layers):
         _note("left out: router_w2, since a router has no weight with one row per expert")
         wanted -= {"router_w2"}
+    evidence = measured(output, it, wanted, gate, every, overwrite)
+    if evidence is None:
+        print(f"{output} holds this evidence already; nothing to do")
+        return
+    print(_summary(evidence))
+    print(f"written to {output}")
+
+
+def measured(
+    output: Path, it: Subject, wanted: frozenset[str], gate: Gate = "weight", every: int = 8, overwrite: bool = False
+) -> Evidence | None:
+    """Measure a model in one pass and save the evidence; goes on where an interrupted call was.
+
+    Args:
+        output: folder of the evidence.
+        it: the model and the text.
+        wanted: statistics.
+        gate: see `calibration.record`.
+        every: batches after which the state is saved.
+        overwrite: begin anew.
+
+    Returns:
+        The evidence; None if the folder holds it already.
+
+    Raises:
+        UserError: the folder holds other evidence, or another call is writing there.
+    """
     provenance = {**it.provenance, "gate": gate}
     made_from = _made_from(provenance, wanted)
     recording = Recording(it.model, wanted, gate)
@@ -83,8 +110,7 @@ def command(
     if not overwrite and (output / store.DESCRIPTION).exists():
         found = store.load(output)
         _same(output, _made_from(found.provenance, found.layers[0].stats), made_from)
-        print(f"{output} holds this evidence already; nothing to do")
-        return
+        return None
     if not overwrite and partial.exists():
         _continue(partial, recording, made_from)
     output.mkdir(parents=True, exist_ok=True)
@@ -101,8 +127,7 @@ def command(
             (output / ".lock").unlink(missing_ok=True)
             if not any(output.iterdir()):
                 output.rmdir()
-    print(_summary(evidence))
-    print(f"written to {output}")
+    return evidence
 
 
 def _measure(

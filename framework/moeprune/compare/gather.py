@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from moeprune import registry
@@ -17,6 +18,8 @@ from moeprune.compare.job import TRUNK
 from moeprune.compare.results import FORMAT, difference, mean_and_stderr
 from moeprune.compare.spec import Comparison, job_folder
 from moeprune.files import read_json, read_rows
+from moeprune.pruning.plan import PrunePlan
+from moeprune.pruning.sweep import _mean, _plain, chance, clustered, jaccard
 
 PACKAGES = ("moeprune", "torch", "pytorch-lightning", "lm_eval", "tokenizers", "numpy")
 Losses = dict[str, list[float]]  # domain -> one loss per sequence
@@ -41,11 +44,11 @@ def gather(
         if name not in failed
     }
     reference = done.get(comparison.reference)
-    drifts = _drifts(comparison, done, reference)
-    families = {}
+    families: dict[str, list[str]] = {}
     if comparison.suite is not None:
         suite = registry.create("suite", comparison.suite)
         families = {family: list(tasks) for family, tasks in suite.families().items()}
+    drifts = _drifts(comparison, done, reference, families)
     lowest = _lowest(comparison, folder, list(done)) if not comparison.train_on else {}
     variants = []
     for name, variant in comparison.variants.items():
@@ -61,7 +64,7 @@ def gather(
             "budget": variant.budget,
         }
         if name in done:
-            other = None if name == comparison.reference or reference is None or not comparison.train_on else reference
+            other = None if name == comparison.reference else reference
             row |= _row(comparison, folder, name, done[name], other, drifts, families)
             best = lowest.get(variant.budget)
             row["vs_lowest"] = (
@@ -71,15 +74,6 @@ def gather(
             )
             row["speed"] = speeds.get(name)
         variants.append(row)
-    first = next(
-        (
-            job_folder(folder, n) / "config.yaml"
-            for n in [TRUNK, *done]
-            if (job_folder(folder, n) / "config.yaml").exists()
-        ),
-        None,
-    )
-    config = yaml.safe_load(first.read_text(encoding="utf-8")) if first else {}
     return {
         "format": FORMAT,
         "name": comparison.name,
@@ -91,15 +85,7 @@ def gather(
             "cores": os.cpu_count() or 1,
             "workers": workers,
         },
-        "model": {
-            "parameters": next(iter(done.values()))["unpruned_parameters"] if done else 0,
-            "layers": config.get("model", {}).get("config", {}).get("n_layers", 0),
-            "experts": config.get("model", {}).get("config", {}).get("n_experts", 0),
-            "top_k": config.get("model", {}).get("config", {}).get("top_k", 0),
-            "steps": config.get("trainer", {}).get("max_steps", 0),
-            "tokens_per_step": config.get("data", {}).get("batch_size", 0) * config.get("data", {}).get("seq_len", 0),
-            "seed": config.get("seed_everything", 0),
-        },
+        "model": _model(comparison, folder, done),
         "domains": list(next(iter(done.values()))["val_loss"]) if done else [],
         "reference": comparison.reference,
         "suite": comparison.suite,
@@ -107,7 +93,70 @@ def gather(
         "train_on": comparison.train_on,
         "families": families,
         "trunk": _trunk(comparison, folder),
+        "checkpoint": reference["checkpoint"] if reference and comparison.checkpoint is not None else None,
+        "overlap": _overlap(comparison, folder, done),
         "variants": variants,
+    }
+
+
+def _model(comparison: Comparison, folder: Path, done: dict[str, Any]) -> dict[str, Any]:
+    """What the variants are variants of."""
+    parameters = next(iter(done.values()))["unpruned_parameters"] if done else 0
+    if comparison.checkpoint is not None:
+        known = done[comparison.reference]["checkpoint"]
+        counts = known["experts"]
+        sizes = {"layers": len(counts), "experts": max(counts), "experts_in_all": sum(counts), "top_k": known["top_k"]}
+        return {
+            "parameters": parameters,
+            **sizes,
+            "steps": 0,
+            "tokens_per_step": 0,
+            "seed": known["calibration"]["seed"],
+        }
+    files = (job_folder(folder, name) / "config.yaml" for name in [TRUNK, *done])
+    first = next((file for file in files if file.exists()), None)
+    config = yaml.safe_load(first.read_text(encoding="utf-8")) if first else {}
+    model, data = config.get("model", {}).get("config", {}), config.get("data", {})
+    layers, experts = model.get("n_layers", 0), model.get("n_experts", 0)
+    return {
+        "parameters": parameters,
+        "layers": layers,
+        "experts": experts,
+        "experts_in_all": layers * experts,
+        "top_k": model.get("top_k", 0),
+        "steps": config.get("trainer", {}).get("max_steps", 0),
+        "tokens_per_step": data.get("batch_size", 0) * data.get("seq_len", 0),
+        "seed": config.get("seed_everything", 0),
+    }
+
+
+def _overlap(comparison: Comparison, folder: Path, done: dict[str, Any]) -> dict[str, Any] | None:
+    """How much of what they remove strategies share, of those that there are at every budget; None for less than two."""
+    budgets = list(dict.fromkeys(v.budget for v in comparison.variants.values() if v.budget))
+    plans: dict[str, dict[str, PrunePlan]] = {}
+    for name, variant in comparison.variants.items():
+        if name in done and done[name]["plan"] and variant.strategy and variant.budget:
+            found = PrunePlan.load(job_folder(folder, name) / done[name]["plan"])
+            plans.setdefault(variant.strategy, {})[variant.budget] = found
+    names = [name for name, found in plans.items() if len(found) == len(budgets)]
+    if len(names) < 2:
+        return None
+    groups = done[comparison.reference].get("n_groups", 1) if comparison.reference in done else 1
+    each = [[plans[name][budget] for name in names] for budget in budgets]
+    shared, drawn = [jaccard(found) for found in each], [chance(found, groups) for found in each]
+    order, families = clustered(np.array([_mean(values) for values in shared]))
+    return {
+        "names": [names[i] for i in order],
+        "families": [[names[i] for i in family] for family in families if len(family) > 1],
+        "budgets": [
+            {
+                "budget": budget,
+                "ratio": 1 - sum(sum(p.n_kept) / sum(map(len, p.before)) for p in found) / len(found),
+                "overlap": _plain(_mean(one)[np.ix_(order, order)]),
+                "chance": _plain(_mean(other)[np.ix_(order, order)]),
+            }
+            for budget, found, one, other in zip(budgets, each, shared, drawn, strict=True)
+        ],
     }
 
 
@@ -135,11 +184,10 @@ def _row(
     config = comparison.variants[name].config
     scores = {}
     for task, score in result["scores"].items():
-        other = reference["scores"][task] if reference else None
+        theirs = reference["scores"][task]["documents"] if reference else []
+        both = score["documents"] and theirs  # a metric of the corpus has no value per document
         scores[task] = {k: v for k, v in score.items() if k != "documents"} | {
-            "vs_reference": difference(score["documents"], other["documents"], drifts=drifts.get(task, ()))
-            if other
-            else None
+            "vs_reference": difference(score["documents"], theirs, drifts=drifts.get(task, ())) if both else None
         }
     return {
         "pruner": _described(events[-1]["plan"]["provenance"].get("pruner")) if events else None,
@@ -161,7 +209,7 @@ def _row(
         "prunes": prunes,
         "jump": _jump(events) if events else None,
         "vs_reference": _paired(result["val_loss"], reference["val_loss"], drifts.get("val_loss", ()))
-        if reference
+        if reference and comparison.train_on
         else None,
         "history": _history(place),
         "loads": _loads(place),
@@ -200,7 +248,12 @@ def _lowest(comparison: Comparison, folder: Path, done: list[str]) -> dict[str, 
     return {budget: min(found, key=lambda name: found[name]) for budget, found in jumps.items()}
 
 
-def _drifts(comparison: Comparison, done: dict[str, Any], reference: dict[str, Any] | None) -> dict[str, list[float]]:
+def _drifts(
+    comparison: Comparison,
+    done: dict[str, Any],
+    reference: dict[str, Any] | None,
+    families: dict[str, list[str]],
+) -> dict[str, list[float]]:
     """How far each drift control ends from the reference, by task, family and for `val_loss`."""
     drifts: dict[str, list[float]] = {}
     for name, variant in comparison.variants.items():
@@ -209,7 +262,7 @@ def _drifts(comparison: Comparison, done: dict[str, Any], reference: dict[str, A
         found = {"val_loss": _paired(done[name]["val_loss"], reference["val_loss"])["value"]}
         for task, score in done[name]["scores"].items():
             found[task] = score["value"] - reference["scores"][task]["value"]
-        for family, tasks in done[name]["families"].items():
+        for family, tasks in families.items():
             found[family] = sum(found[task] for task in tasks) / len(tasks)
         for key, value in found.items():
             drifts.setdefault(key, []).append(value)
@@ -225,20 +278,22 @@ def _paired(a: Losses, b: Losses, drifts: Sequence[float] = ()) -> dict[str, Any
 def _family(
     tasks: list[str], result: dict[str, Any], reference: dict[str, Any] | None, drifts: Sequence[float]
 ) -> dict[str, Any]:
-    groups = [result["scores"][task]["documents"] for task in tasks]
-    value, stderr = mean_and_stderr(groups)
+    scores = [result["scores"][task] for task in tasks]
+    groups = [score["documents"] for score in scores]
+    stderr = mean_and_stderr(groups)[1] if all(groups) else None
     against = None
-    if reference:
+    others = [reference["scores"][task]["documents"] for task in tasks] if reference else []
+    if others and all(groups) and all(others):
         strata = [index for index, group in enumerate(groups) for _ in group]
-        other = [x for task in tasks for x in reference["scores"][task]["documents"]]
-        against = difference([x for group in groups for x in group], other, strata, drifts)
-    first = result["scores"][tasks[0]]
+        against = difference(
+            [x for group in groups for x in group], [x for group in others for x in group], strata, drifts
+        )
     return {
-        "metric": first["metric"],
-        "higher_is_better": first["higher_is_better"],
-        "value": value,
+        "metric": " and ".join(dict.fromkeys(score["metric"] for score in scores)),
+        "higher_is_better": scores[0]["higher_is_better"],
+        "value": sum(score["value"] for score in scores) / len(scores),
         "stderr": stderr,
-        "n": sum(map(len, groups)),
+        "n": sum(score["n"] for score in scores),
         "vs_reference": against,
     }
 

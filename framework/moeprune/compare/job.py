@@ -132,21 +132,12 @@ def _untrained(cli: Any) -> Any:
 
 def _measure(comparison: Comparison, folder: Path, name: str, checkpoint: Any) -> dict[str, Any]:
     """Everything about the finished model that results.json needs."""
-    from moeprune import registry
     from moeprune.training.module import domain_losses
 
     place = job_folder(folder, name)
     model = checkpoint.model()
     losses = domain_losses(model, built(comparison, folder, name).datamodule.evaluation_batches("valid"))
-    scores, families = {}, {}
-    if comparison.suite is not None:
-        from moeprune.evaluation.score import headline, save, score
-
-        suite = registry.create("suite", comparison.suite)
-        results = score(checkpoint, suite, comparison.limit, name=place.name)
-        save(results, place / "evaluation")
-        scores = headline(results, suite)
-        families = {name: list(tasks) for name, tasks in suite.families().items()}
+    scores = {} if comparison.suite is None else scored(checkpoint, comparison, place)
     rows = read_rows(place / "history.jsonl")
     plan = None
     if checkpoint.plans:
@@ -157,11 +148,21 @@ def _measure(comparison: Comparison, folder: Path, name: str, checkpoint: Any) -
         **sizes(model, checkpoint.config),
         "val_loss": {domain: values.tolist() for domain, values in losses.items()},
         "scores": scores,
-        "families": families,
         "optimizer_bytes": _optimizer_bytes(place / "last.ckpt"),
         "peak_bytes": rows[-1]["peak_memory"] if rows else None,
         "plan": plan,
     }
+
+
+def scored(source: Any, comparison: Comparison, place: Path, **how: Any) -> dict[str, Any]:
+    """What the comparison's suite makes of a model in memory: see `headline`; everything else goes to `evaluation` in `place`."""
+    from moeprune import registry
+    from moeprune.evaluation.score import headline, save, score
+
+    suite = registry.create("suite", comparison.suite or "")
+    results = score(source, suite, comparison.limit, name=place.name, **how)
+    save(results, place / "evaluation")
+    return headline(results, suite)
 
 
 def sizes(model: Any, config: Any) -> dict[str, Any]:
@@ -176,6 +177,7 @@ def sizes(model: Any, config: Any) -> dict[str, Any]:
         "unpruned_parameters": _unpruned_parameters(config),
         "active_parameters": per_token,
         "experts_kept": [layer.n_experts for layer in model.moe_layers],
+        "n_groups": model.n_groups,
         "weights_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
     }
 

@@ -6,6 +6,7 @@ A variant has the same colour and marker everywhere; the accent colour is kept f
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +89,12 @@ def ranking(results: Results) -> list[tuple[str, dict[str, Variant]]]:
     return sorted(rows.items(), key=place)
 
 
+def experts_in_all(results: Results) -> int:
+    """Experts of the whole model, all layers together."""
+    model = results["model"]
+    return int(model.get("experts_in_all") or model["layers"] * model["experts"])
+
+
 def alike(variants: Sequence[Variant]) -> list[tuple[str, Variant]]:
     """One label and variant for all that keep the same numbers of experts, in order."""
     groups: dict[tuple[int, ...], list[Variant]] = {}
@@ -115,7 +122,9 @@ def figures(results: Results) -> dict[str, Figure]:
         "jump_against_parameters": (jump_against_parameters, bool(_lines(results))),
         "loss_curves": (loss_curves, any(len(v["history"]["step"]) > 0 for v in ran)),
         "experts_kept": (experts_kept, any(is_pruned(v) for v in ran)),
-        "score_against_parameters": (score_against_parameters, bool(scored(results)[1])),
+        "overlap": (overlap, bool(results.get("overlap"))),
+        "score_against_parameters": (score_against_parameters, bool(scored(results)[1]) and not _sweeps(results)),
+        "score_differences": (score_differences, _sweeps(results)),
     }
     return {name: plot(results) for name, (plot, possible) in wanted.items() if possible}
 
@@ -334,7 +343,7 @@ def loss_jump(results: Results) -> Figure:
         _jump(axis, y, v, looks[v["name"]], f"{v['jump']['value']:+.3f} ± {half_width(v['jump']):.3f}")
     axis.set_yticks(range(len(rows)), [_label(v) for v in rows])
     _jump_axis(axis, len(rows))
-    axis.set_xlabel("validation loss just after minus just before the prune (nats per token, 95 % interval)")
+    axis.set_xlabel(f"{_measured(results)} just after minus just before the prune (nats per token, 95 % interval)")
     _title(figure, "What the prune costs at once", size=11)
     return figure
 
@@ -359,7 +368,7 @@ def _ranked(results: Results, looks: Mapping[str, Mapping[str, Any]]) -> Figure:
         axis.tick_params(axis="y", length=0)
     axes[0].set_yticks(range(len(rows)), [_plain(name) for name, _ in rows])
     figure.supxlabel(
-        "validation loss just after minus just before the prune (nats per token, 95 % interval)",
+        f"{_measured(results)} just after minus just before the prune (nats per token, 95 % interval)",
         fontsize=9.5,
         color=INK,
     )
@@ -367,6 +376,10 @@ def _ranked(results: Results, looks: Mapping[str, Mapping[str, Any]]) -> Figure:
     if families:
         _legend_above(figure, [(name, {"color": c, "marker": "o", "ls": "", "ms": 5}) for name, c in families.items()])
     return figure
+
+
+def _measured(results: Results) -> str:
+    return "held-out loss" if results.get("checkpoint") else "validation loss"
 
 
 def _jump(axis: Axes, y: int, v: Variant, look: Mapping[str, Any], text: str, small: bool = False) -> None:
@@ -388,20 +401,27 @@ def _jump_axis(axis: Axes, rows: int) -> None:
 
 
 def jump_against_parameters(results: Results) -> Figure:
-    """The jump of every strategy over the share of parameters it kept: a line each, labelled where it removes most."""
+    """The jump of every strategy over the share of parameters it kept: a line each, labelled where it removes most; variants
+    that are the only one of their strategy are points.
+    """
     lines, looks, families = _lines(results), _looks(results), _families(results)
-    figure = _figure(9.4, max(4.6, 1.7 + 0.165 * len(lines)))
+    joined = {v["name"] for variants in lines.values() for v in variants}
+    alone = {_label(v): [v] for v in done(results) if v.get("jump") and v["name"] not in joined}
+    figure = _figure(9.4, max(4.6, 1.7 + 0.165 * (len(lines) + len(alone))))
     axis = figure.subplots()
     _margins(figure, left=0.85, right=2.1, top=0.95 if families else 0.6, bottom=0.6)
     ends = []
-    for name, variants in lines.items():
+    for name, variants in {**lines, **alone}.items():
         points = sorted(((100 * v["parameters_kept"], v) for v in variants), key=lambda p: -p[0])
         look = looks[points[-1][1]["name"]]
         x, y = [p[0] for p in points], [p[1]["jump"]["value"] for p in points]
-        axis.plot([100.0, *x], [0.0, *y], color=look["color"], lw=1.1, alpha=0.8)
+        if name in lines:
+            axis.plot([100.0, *x], [0.0, *y], color=look["color"], lw=1.1, alpha=0.8)
         half = [half_width(p[1]["jump"]) for p in points]
-        axis.errorbar(x, y, yerr=half, fmt="o", color=look["color"], ms=3.5, lw=1.0, capsize=2)
-        ends.append((x[-1], y[-1], _plain(name), {"color": look["color"]}))
+        mark, size = ("o", 3.5) if name in lines else (look["marker"], 5.5)
+        axis.errorbar(x, y, yerr=half, fmt=mark, color=look["color"], ms=size, lw=1.0, capsize=2, zorder=4)
+        shown = {"color": look["color"]} if name in lines else {"color": look["color"], "marker": look["marker"]}
+        ends.append((x[-1], y[-1], _plain(name) if name in lines else name, shown))
     axis.invert_xaxis()
     axis.axhline(0, color=INK, lw=0.9)
     axis.grid(axis="y", color=FAINT, lw=0.7)
@@ -441,7 +461,11 @@ def experts_kept(results: Results) -> Figure:
     shown_variants = [v for v in done(results) if is_pruned(v)] or done(results)
     several = len(shown_variants) > MOST_ROWS
     rows = alike(shown_variants) if several else [(v["label"], v) for v in shown_variants]
-    E, counts = results["model"]["experts"], np.array([v["experts_kept"] for _, v in rows])
+    whole, E, counts = (
+        experts_in_all(results),
+        results["model"]["experts"],
+        np.array([v["experts_kept"] for _, v in rows]),
+    )
     L = counts.shape[1]
     figure = _figure(8 if L <= 8 else 10, 1.3 + 0.34 * len(rows))
     axis = figure.subplots()
@@ -461,7 +485,7 @@ def experts_kept(results: Results) -> Figure:
     axis.set_yticks(range(len(rows)), [_short(label) for label, _ in rows])
     for y, (_, v) in enumerate(rows):
         n = sum(v["experts_kept"])
-        text = f"{n} of {E * L} ({100 * n / (E * L):.0f} %)"
+        text = f"{n} of {whole} ({100 * n / whole:.0f} %)"
         axis.text(1.02, y, text, transform=axis.get_yaxis_transform(), va="center", fontsize=9, color=INK)
     axis.set_yticks(np.arange(len(rows) + 1) - 0.5, minor=True)
     axis.grid(which="minor", axis="y", color="white", lw=3)
@@ -471,6 +495,21 @@ def experts_kept(results: Results) -> Figure:
     axis.set_xlabel("layer", loc="right" if L > 24 else "center")
     _title(figure, f"Experts kept in each layer, of {E}", size=11)
     return figure
+
+
+def overlap(results: Results) -> Figure:
+    """How much of what they remove strategies share: a heat map per budget."""
+    from moeprune.compare.overlap import overlap_map
+    from moeprune.pruning.sweep import Budget, Sweep
+
+    found = results["overlap"]
+    budgets = []
+    for budget in found["budgets"]:
+        named = re.fullmatch(r"([\d.]+) ?%", budget["budget"])
+        ratio = float(named[1]) / 100 if named else budget["ratio"]
+        shared, drawn = (np.array([budget[key]], dtype=np.float64) for key in ("overlap", "chance"))
+        budgets.append(Budget(ratio, {}, shared, drawn))
+    return overlap_map(Sweep(tuple(found["names"]), tuple(budgets), tuple(map(tuple, found["families"])), {}))
 
 
 def score_against_parameters(results: Results) -> Figure:
@@ -494,6 +533,76 @@ def score_against_parameters(results: Results) -> Figure:
         axis.set_xlabel("parameters kept (%)")
     _title(figure, "Scores against parameters kept (bars: 95 % interval of the score)")
     return figure
+
+
+def _sweeps(results: Results) -> bool:
+    """Whether strategies were scored at several budgets, with differences to the reference."""
+    place, names = scored(results)
+    return any(
+        v["budget"] and (v.get(place) or {}).get(name, {}).get("vs_reference")
+        for v in done(results)
+        if v.get("budget")
+        for name in names
+    )
+
+
+def score_differences(results: Results) -> Figure:
+    """Score of every strategy minus the reference's at each budget, paired, with 95 % intervals; a panel per family of tasks."""
+    place, names = scored(results)
+    names = names[:MOST_PANELS]
+    rows, columns, looks, families = ranking(results)[::-1], budgets(results), _looks(results), _families(results)
+    across = min(2, len(names))
+    down = -(-len(names) // across)
+    height = max(1.0, 0.24 * len(rows))
+    figure = _figure(2.0 + 4.4 * across, 1.35 + (height + 0.85) * down)
+    axes = figure.subplots(down, across, sharey=True, squeeze=False)
+    _margins(figure, left=1.75, right=0.25, top=1.3, bottom=0.6, wspace=0.1, hspace=0.85 / height)
+    fills = [1.0, 0.0] if len(columns) == 2 else list(np.linspace(1, 0, len(columns)))
+    for axis, name in zip(axes.flat, names, strict=False):
+        kind = None
+        for y, (_, variants) in enumerate(rows):
+            for i, budget in enumerate(columns):
+                score = (variants[budget].get(place) or {}).get(name) if budget in variants else None
+                if not score or not score["vs_reference"]:
+                    continue
+                kind, d = score, score["vs_reference"]
+                colour = looks[variants[budget]["name"]]["color"]
+                at = y + 0.3 * ((len(columns) - 1) / 2 - i) / max(1, len(columns) - 1)
+                face = _blend(colour, fills[i])
+                axis.errorbar(
+                    d["value"], at, xerr=half_width(d), fmt="o", color=colour, mfc=face, ms=4.5, lw=1.0, capsize=1.5
+                )
+        axis.axvline(0, color=INK, lw=1)
+        axis.set_ylim(-0.6, len(rows) - 0.4)
+        axis.set_yticks(range(len(rows)), [_plain(strategy) for strategy, _ in rows])
+        axis.tick_params(axis="y", length=0)
+        axis.grid(axis="x", color=FAINT, lw=0.7)
+        told = ""
+        if kind:
+            better = "higher" if kind["higher_is_better"] else "lower"
+            metric = METRICS.get(kind["metric"], _plain(kind["metric"]))
+            told = f" ({better} is better)" if metric == name else f" ({metric}, {better} is better)"
+        axis.set_title(f"{_plain(name)}{told}", loc="left", y=1.0, fontsize=9.5, color=INK)
+    for axis in axes.flat[len(names) :]:
+        axis.set_axis_off()
+    figure.supxlabel(f"score minus that of the reference ({_label(reference(results))})", fontsize=9.5, color=INK)
+    _title(figure, "What pruning does to scores (paired differences, bars: 95 % interval)", size=11)
+    keys = [
+        (f"{b} removed", {"color": MUTED, "mfc": _blend(MUTED, f), "marker": "o", "ls": ""})
+        for b, f in zip(columns, fills, strict=True)
+    ]
+    keys += [(family, {"color": c, "marker": "o", "ls": "", "ms": 5}) for family, c in families.items()]
+    _legend_above(figure, keys[: len(columns)])
+    if families:
+        _legend_above(figure, keys[len(columns) :], row=1)
+    return figure
+
+
+def _blend(colour: str, share: float) -> tuple[float, ...]:
+    """`share` of a colour in white."""
+    from matplotlib.colors import to_rgb
+
+    return tuple(1 - share * (1 - x) for x in to_rgb(colour))
 
 
 def _score_panel(
@@ -595,10 +704,10 @@ def _line(**look: Any) -> Any:
     return Line2D([], [], **look)
 
 
-def _legend_above(figure: Figure, keys: Sequence[tuple[str, dict[str, Any]]]) -> None:
+def _legend_above(figure: Figure, keys: Sequence[tuple[str, dict[str, Any]]], row: int = 0) -> None:
     width, height = figure.get_size_inches()
     handles = [_line(label=label, **look) for label, look in keys]
-    where = (0.05 / width, 1 - 0.38 / height)
+    where = (0.05 / width, 1 - (0.38 + 0.26 * row) / height)
     figure.legend(
         handles=handles, loc="upper left", bbox_to_anchor=where, ncols=len(keys), frameon=False, fontsize=9, **NARROW
     )
@@ -669,7 +778,7 @@ def _looks(results: Results) -> dict[str, dict[str, Any]]:
     """Colour, marker and dash of every variant, by its place among them; of one in a family, the family's."""
     looks: dict[str, dict[str, Any]] = {}
     families = _families(results)
-    others = 0
+    others = len(families)  # whose colours and round marks are taken
     for v in results["variants"]:
         if v["name"] == results["reference"]:
             looks[v["name"]] = {"color": INK, "marker": "o", "ls": "-"}

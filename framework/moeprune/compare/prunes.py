@@ -76,7 +76,6 @@ def prune(comparison: Comparison, folder: Path, name: str) -> dict[str, Any]:
         **sizes(model, trunk.checkpoint.config),
         "val_loss": after,
         "scores": {},
-        "families": {},
         "optimizer_bytes": None,
         "peak_bytes": None,
         "plan": None if pruner is None else "plan.json",

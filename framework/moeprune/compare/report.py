@@ -24,6 +24,7 @@ from moeprune.compare.plots import (
     alike,
     budgets,
     done,
+    experts_in_all,
     figures,
     focus,
     half_width,
@@ -109,11 +110,15 @@ def write_report(results: Results, folder: Path) -> None:
         headline=headline(results),
         sections=parts,
         images={name: base64.b64encode(data).decode() for name, data in images.items()},
-        captions=CAPTIONS,
+        captions=_captions(results),
         is_link=lambda cell: isinstance(cell, Link),
     )
     write_text(Path(folder) / "report.html", page)
     write_text(Path(folder) / "report.md", _markdown(results, parts, list(images)))
+
+
+def _captions(results: Results) -> Mapping[str, str]:
+    return CAPTIONS if _checkpoint(results) is None else CAPTIONS_CHECKPOINT
 
 
 def terminal_table(results: Results) -> RichTable:
@@ -125,15 +130,23 @@ def _terminal_pruned(results: Results) -> RichTable:
     """By ascending jump: a row per strategy, or per variant where there are no budgets."""
     table = RichTable(**TERMINAL, caption_justify="left", width=100)
     note = "loss jump: validation loss just after the prune - just before, nats per token, ±: 95 % interval"
+    if _checkpoint(results) is not None:
+        note = note.replace("validation loss", "held-out loss")
     columns = budgets(results)
-    if columns:
+    place, names = scored(results)
+    if names:
+        shown = names[:4]
+        note += "; standard errors and paired differences of scores are in the report"
+        note += f", as are {len(names) - 4} more" if names[4:] else ""
+        made = _pruned_and_scored(results, place, shown)
+    elif columns:
         made = _without(_ranking_table(results), "family")
         note += "; (+…): above the lowest of its column, if detectably"
     else:
         made = _pruned(results)
     table.add_column(made.header[0], ratio=1, min_width=12)
     for title in made.header[1:]:
-        table.add_column(Text(title), justify="right")
+        table.add_column(Text(title.replace(" ", "\n", 1) if names else title), justify="right")
     for row in made.rows:
         table.add_row(*(Text(str(cell)) for cell in row))
     for v in results["variants"]:
@@ -195,6 +208,7 @@ def headline(results: Results) -> list[str]:
     else:
         sentences = [_setting(results), _trigger(results), *(_lowest(results, budget) for budget in budgets(results))]
         sentences += [] if budgets(results) else [_cut(results)]
+        sentences += [_tasks(results)]
     return [sentence for sentence in sentences if sentence]
 
 
@@ -207,15 +221,24 @@ def _setting(results: Results) -> str:
         if trained_on(results)
         else "pruned and not trained on, were"
     )
+    which = "one model" if _checkpoint(results) is None else f"the checkpoint {_checkpoint(results)['path']}"
     return (
-        f"{_count(len(variants), 'variant')} of one model ({_millions(model['parameters'])} parameters, {_count(model['layers'], 'layer')}, "
-        f"{_count(model['experts'], 'expert')} each, top-{model['top_k']}), {trained} compared in the same way"
+        f"{_count(len(variants), 'variant')} of {which} ({_millions(model['parameters'])} parameters, {_count(model['layers'], 'layer')}, "
+        f"{_experts(results)}, top-{model['top_k']}), {trained} compared in the same way"
         + (f"; {failed} of them failed." if failed else ".")
     )
 
 
+def _experts(results: Results) -> str:
+    """How many experts a layer of the whole model has."""
+    counts = (_checkpoint(results) or {}).get("experts") or [results["model"]["experts"]]
+    return f"{_count(counts[0], 'expert')} each" if len(set(counts)) == 1 else f"{_range(counts)} experts"
+
+
 def _trigger(results: Results) -> str:
-    trunk = results["trunk"]
+    trunk, given = results["trunk"], _checkpoint(results)
+    if given is not None:
+        return f"Plans were made from {_calibration(given)}; losses are those of {_held_out(given)}."
     if trunk is None:
         return "There is no trunk that variants share."
     if not any(is_pruned(v) for v in done(results)):
@@ -224,6 +247,30 @@ def _trigger(results: Results) -> str:
         f"Pruning took place at step {trunk['step']:,} of {results['model']['steps']:,}, after {_millions(trunk['tokens'])} "
         f"training tokens; the trigger's reason: {trunk['reason']}."
     )
+
+
+def _calibration(given: Mapping[str, Any]) -> str:
+    found = given["calibration"]
+    return f"{found['calibration_tokens']:,} tokens of {_source(found['data']['source'], 'train')}"
+
+
+def _held_out(given: Mapping[str, Any]) -> str:
+    found = given["held_out"]
+    return (
+        f"{found['sequences']:,} sequences of {_source(found['source'], 'validation')}, {found['tokens']:,} tokens, which no plan saw"
+        if not _seen(given)
+        else f"{found['sequences']:,} sequences of {found['source']}, {found['tokens']:,} tokens, the text that plans were made from"
+    )
+
+
+def _seen(given: Mapping[str, Any]) -> bool:
+    """Whether the loss is measured on the file that plans were made from."""
+    source = given["held_out"]["source"]
+    return bool(source == given["calibration"]["data"]["source"]) and Path(source).suffix != "" and source != "embedded"
+
+
+def _source(source: str, split: str) -> str:
+    return f"the embedded corpus ({split} split)" if source == "embedded" else source
 
 
 def _lowest(results: Results, budget: str) -> str:
@@ -251,9 +298,9 @@ def _cut(results: Results) -> str:
     v = focus(results)
     if v is None or not is_pruned(v):
         return ""
-    E, L, kept = results["model"]["experts"], results["model"]["layers"], v["experts_kept"]
+    E, whole, kept = results["model"]["experts"], experts_in_all(results), v["experts_kept"]
     text = (
-        f"{_name(v)} cut {E * L - sum(kept):,} of {E * L:,} experts ({_range(kept)} of {E} kept per layer) and "
+        f"{_name(v)} cut {whole - sum(kept):,} of {whole:,} experts ({_range(kept)} of {E} kept per layer) and "
         f"{_percent(1 - v['parameters_kept'])} of the parameters"
     )
     if v["removed_load"]:
@@ -349,20 +396,30 @@ def sections(results: Results) -> list[Section]:
         overview = Section("Overview", [OVERVIEW + _of_several(results)], ["loss_jump"], [_main(results)])
     else:
         plots = ["loss_jump", "jump_against_parameters"]
-        text = PRUNED + (ABOVE if budgets(results) else "")
+        text = (PRUNED if _checkpoint(results) is None else PRUNED_CHECKPOINT) + (ABOVE if budgets(results) else "")
         overview = Section("Overview", [text], plots, [_ranking_table(results), _pruned(results)])
     made = [
         overview,
-        Section("How the experts' loads developed", [LOADS], ["load_shares", "load_inequality"]),
+        *(
+            [Section("How the experts' loads developed", [LOADS], ["load_shares", "load_inequality"])]
+            if _checkpoint(results) is None
+            else []
+        ),
         Section("Experts kept", [KEPT], ["experts_kept"], _kept(results)),
-        Section("Validation loss", [LOSSES], ["loss_curves"], [_domains(results)]),
-        Section("Scores", [_suite(results)], ["score_against_parameters"], _scores(results)),
+        Section("What strategies agree on", [OVERLAP], ["overlap"], [_overlap(results)]),
+        Section(
+            "Validation loss" if _checkpoint(results) is None else "Loss on held-out text",
+            [LOSSES if _checkpoint(results) is None else LOSSES_HELD_OUT],
+            ["loss_curves"],
+            [_domains(results)],
+        ),
+        Section("Scores", [_suite(results)], ["score_against_parameters", "score_differences"], _scores(results)),
         Section("Speed and memory", [SPEED], (), [_speed(results)]),
         Section("Failed variants", ["They count in no number of this report."], (), [_failures(results)]),
         Section("How it was run", (), (), [_run(results)]),
         Section("What the statistics carry", _statistics(results) if trained else _statistics_of_prunes(results)),
         Section("Files", ["Plans and configurations, relative to this report."], (), [_files(results)]),
-        Section("Terms", terms=TERMS),
+        Section("Terms", terms=TERMS if _checkpoint(results) is None else TERMS_CHECKPOINT),
     ]
     return [s for s in made if not s.tables or any(t.rows for t in s.tables)]
 
@@ -447,6 +504,17 @@ def _pruned(results: Results) -> Table:
     return Table(["variant", "parameters", "kept", "experts kept", "loss jump at the prune"], rows)
 
 
+def _pruned_and_scored(results: Results, place: str, names: Sequence[str]) -> Table:
+    """The same for a terminal, with some scores."""
+    ran = sorted(done(results), key=lambda v: v["jump"]["value"] if v["jump"] else float("-inf"))
+    rows: list[list[str | Link]] = []
+    for v in ran:
+        scores = [(v.get(place) or {}).get(name) for name in names]
+        cells = [_number(s["value"]) if s else MISSING for s in scores]
+        rows.append([v["label"], f"{sum(v['experts_kept']):,}", _plus(v["jump"]) if v["jump"] else MISSING, *cells])
+    return Table(["variant", "experts kept", "loss jump", *names], rows)
+
+
 def _kept(results: Results) -> list[Table]:
     L = results["model"]["layers"]
     few = L <= MOST_COLUMNS
@@ -481,6 +549,30 @@ def _kept(results: Results) -> list[Table]:
     return [Table(header, kept), Table(["load removed", "bound (beta)", *layers], removed)]
 
 
+def _overlap(results: Results) -> Table:
+    """Per strategy the nearest other and the mean over the others, at each budget."""
+    found = results.get("overlap")
+    if not found:
+        return Table([""], [])
+    names, rows = found["names"], []
+    for i, name in enumerate(names):
+        cells: list[str | Link] = [name]
+        for budget in found["budgets"]:
+            others = [(x, names[j]) for j, x in enumerate(budget["overlap"][i]) if j != i and x is not None]
+            near = max(others, key=lambda pair: pair[0], default=None)
+            cells.append(MISSING if near is None else f"{near[1]} {near[0]:.2f}")
+            cells.append(MISSING if near is None else f"{sum(x for x, _ in others) / len(others):.2f}")
+            drawn = [x for j, x in enumerate(budget["chance"][i]) if j != i and x is not None]
+            cells.append(f"{sum(drawn) / len(drawn):.2f}" if drawn else MISSING)
+        rows.append(cells)
+    columns = [
+        f"{budget['budget']} removed:\n{what}"
+        for budget in found["budgets"]
+        for what in ("nearest", "mean", "by chance")
+    ]
+    return Table(["strategy", *columns], rows)
+
+
 def _domains(results: Results) -> Table:
     rows: list[list[str | Link]] = []
     trained = trained_on(results)
@@ -488,7 +580,8 @@ def _domains(results: Results) -> Table:
         first, last = ("first ", "last ") if len(v.get("prunes") or ()) > 1 else ("", "")
         names = {"before": f"before the {first}prune", "after": f"after the {last}prune", "end": "end of training"}
         if not trained:  # all have the same loss before, which is the reference's
-            names = {"after": "after the prune"} if v["jump"] else {"end": "before the prunes"}
+            whole = "before the prunes" if _checkpoint(results) is None else "the whole checkpoint"
+            names = {"after": "after the prune"} if v["jump"] else {"end": whole}
         for when, name in names.items():
             loss = v["val_loss"][when]
             if loss:
@@ -589,13 +682,22 @@ def _run(results: Results) -> Table:
             f"{trunk['step']:,} of {model['steps']:,} steps of {model['tokens_per_step']:,} tokens, once; every variant is "
             f"a prune of that model, and none trained on"
         )
+    given = _checkpoint(results)
+    steps: list[list[str | Link]] = [["training", training], ["data", "domains: " + ", ".join(results["domains"])]]
+    if given is not None:
+        found = given["calibration"]
+        how = f"{found['calibration_batches']} batches of {found['batch_size']}, seed {found['seed']}, gate {found['gate']}"
+        steps = [
+            ["checkpoint", f"{given['path']} ({given['family']}), sha256 of the weights {given['weights'][:12]}"],
+            ["calibration", f"{_calibration(given)}, {how}"],
+            ["held-out text", f"{_held_out(given)}; at most {given['held_out']['seq_len']:,} tokens each"],
+        ]
     rows: list[list[str | Link]] = [
         [
             "model",
-            f"{model['parameters']:,} parameters, {_count(model['layers'], 'layer')}, {_count(model['experts'], 'expert')} per layer, top-{model['top_k']}",
+            f"{model['parameters']:,} parameters, {_count(model['layers'], 'layer')}, {_experts(results).replace('each', 'per layer')}, top-{model['top_k']}",
         ],
-        ["training", training],
-        ["data", "domains: " + ", ".join(results["domains"])],
+        *steps,
         ["suite", suite],
         [
             "machine",
@@ -604,7 +706,7 @@ def _run(results: Results) -> Table:
         ["versions", ", ".join(f"{package} {version}" for package, version in results["versions"].items())],
         ["finished", f"{results['created']}, after {_duration(results['seconds'])}"],
     ]
-    rows += [["seed", str(model["seed"])]] if "seed" in model else []
+    rows += [["seed", str(model["seed"])]] if "seed" in model and given is None else []
     starts = {"scratch": "trained from the start", "untrained": "never trained, a control"}
     rows += [["start", f"{v['label']}: {starts[v['start']]}"] for v in done(results) if v["start"] in starts]
     rows += [["pruner", f"{v['label']}: {v['pruner']}"] for v in done(results) if is_pruned(v)]
@@ -633,11 +735,22 @@ def _statistics(results: Results) -> list[str]:
 
 
 def _statistics_of_prunes(results: Results) -> list[str]:
+    given = _checkpoint(results)
+    drawn = (
+        "the model was trained once, with one seed, and pruned at one moment. Another seed may well rank strategies"
+        if given is None
+        else "plans were made from one draw of calibration text. Another draw, or another kind of text, may well rank strategies"
+    )
+    seen = (
+        ""
+        if given is None or not _seen(given)
+        else (" The loss is measured on the text that plans were made from, which favours those that read much of it.")
+    )
     return [
-        "Jumps are paired: the same validation sequences just before and just after the prune. ± is half a 95 % interval of the "
-        f"paired difference; one inside its interval is called “{NO_DIFFERENCE}”, which is no proof of equality.",
-        "The sequences are a sample, and that is all the intervals know of: the model was trained once, with one seed, and pruned "
-        "at one moment. Another seed may well rank strategies otherwise where their jumps lie close.",
+        f"Jumps are paired: the same {'validation' if given is None else 'held-out'} sequences just before and just after the prune. "
+        f"± is half a 95 % interval of the paired difference; one inside its interval is called “{NO_DIFFERENCE}”, which is no "
+        "proof of equality.",
+        f"The sequences are a sample, and that is all the intervals know of: {drawn} otherwise where their jumps lie close.{seen}",
         "Differences to the lowest of a budget are paired as well. The lowest of many is lower by luck in part, and about one "
         "in twenty comparisons stands out by chance alone; nothing here is corrected for their number.",
         "A jump is measured before any further training, which makes up for much of it, and not for the same part everywhere: a "
@@ -653,6 +766,13 @@ def _files(results: Results) -> Table:
     return Table(["variant", "plan", "configuration"], rows, words=True)
 
 
+def _unpaired(results: Results) -> list[str]:
+    """Tasks with a score and no value per document, so without a paired difference."""
+    others = [v for v in done(results) if v["name"] != results["reference"]] if reference(results) else []
+    found = [task for v in others for task, score in (v.get("scores") or {}).items() if score["vs_reference"] is None]
+    return list(dict.fromkeys(found))
+
+
 def _suite(results: Results) -> str:
     place, names = scored(results)
     tasks = [
@@ -663,7 +783,14 @@ def _suite(results: Results) -> str:
     over = f" Means over the tasks of a family: {', '.join(tasks)}." if tasks else ""
     control = any(v["start"] == "untrained" and v.get(place) for v in done(results))
     seen = " The untrained control shows what a model scores that has learned nothing." if control else ""
-    return f"Suite {results['suite']}. In parentheses: standard error.{over}{seen}"
+    left = _unpaired(results)
+    single = (
+        f" No paired difference for {_and(left)} and means over {'it' if len(left) == 1 else 'them'}: the metric is one of all "
+        f"documents together."
+        if left
+        else ""
+    )
+    return f"Suite {results['suite']}. In parentheses: standard error.{over}{single}{seen}"
 
 
 OVERVIEW = (
@@ -672,6 +799,10 @@ OVERVIEW = (
 )
 PRUNED = (
     "Loss jump: validation loss just after the prune minus just before, in nats per token, ± half of its 95 % interval."
+)
+PRUNED_CHECKPOINT = (
+    "Loss jump: loss of the pruned checkpoint on held-out text minus that of the whole one, in nats per token, ± half of its 95 % "
+    "interval."
 )
 ABOVE = (
     " In the first table (+…) is how far a jump lies above the lowest of its column, where that is detectable; what carries no "
@@ -683,20 +814,30 @@ LOADS = (
 )
 KEPT = "The load removed is the share of the layer's tokens that went to the experts cut, in the loads that the plan was made from."
 LOSSES = "Nats per token on the validation split, all domains weighted equally in the mean."
+LOSSES_HELD_OUT = "Nats per token, mean over sequences; all domains weighted equally in the mean."
+OVERLAP = (
+    "Overlap of two strategies: Jaccard index of the sets of experts that they remove, mean over layers; by chance: its mean if "
+    "both drew lots."
+)
 SPEED = (
     "After training, the training steps of all variants were timed in turns in one process, so that a busy machine slows all of "
     "them alike: medians and quartiles, and the ratio to the reference's step. Peak memory is the process's peak resident memory "
     "while training; weights and optimizer are the bytes of their tensors."
 )
 CAPTIONS = {
+    "overlap": "Overlap of what strategies remove: the shared part of the experts that either removes, mean over layers.",
     "load_shares": "Share of the layer's tokens per expert over training. Experts that were cut end at the prune.",
     "load_inequality": "Gini coefficient of each layer's loads on the trunk and on in the reference, which keeps all experts.",
     "loss_jump": "Validation loss just after minus just before the prune, same weights but for the experts cut.",
     "jump_against_parameters": "The same jumps against the share of the model's parameters that is kept, a line per strategy.",
     "loss_curves": "Training loss, smoothed; below, the difference to the reference in the steps after the prune.",
     "experts_kept": "Experts kept in each layer.",
+    "score_differences": "Score of every strategy minus that of the reference over the same documents, in the order of the loss jumps.",
     "score_against_parameters": "Score against parameters kept. Points of nearly equal share are set side by side. "
     "The bars belong to single scores; the paired differences in the table below are more precise.",
+}
+CAPTIONS_CHECKPOINT = CAPTIONS | {
+    "loss_jump": "Loss of the pruned checkpoint on held-out text minus that of the whole one.",
 }
 TERMS = (
     ("expert", "one of the feed-forward networks of a layer; a router sends each token to the top-k of them"),
@@ -711,9 +852,22 @@ TERMS = (
     ),
     ("noise", "how far two runs drift apart that differ in nothing that matters"),
 )
+TERMS_CHECKPOINT = (
+    *TERMS[:2],
+    ("reference", "the checkpoint as it is, which every variant is pruned from and compared with"),
+    ("loss jump", "loss of the pruned checkpoint on held-out text minus that of the whole one"),
+    TERMS[6],
+    ("merging", "the weights of removed experts are averaged into those of experts that stay"),
+)
 
 
 # --- words and numbers
+
+
+def _checkpoint(results: Results) -> Mapping[str, Any] | None:
+    """The existing model that was pruned; None where a recipe trained one."""
+    found: Mapping[str, Any] | None = results.get("checkpoint")
+    return found
 
 
 def _compared(results: Results) -> list[Variant]:
@@ -859,7 +1013,7 @@ def _markdown(results: Results, parts: Sequence[Section], images: Sequence[str])
     ]
     for part in parts:
         blocks += [f"## {part.title}", *(_escape(text) for text in part.text)]
-        blocks += [f"![{CAPTIONS[name]}](plots/{name}.png)" for name in part.plots if name in images]
+        blocks += [f"![{_captions(results)[name]}](plots/{name}.png)" for name in part.plots if name in images]
         blocks += [_markdown_table(table) for table in part.tables if table.rows]
         blocks += [f"- **{term}**: {meaning}" for term, meaning in part.terms]
     return "\n\n".join(blocks) + "\n"

@@ -4,14 +4,23 @@
       "format": "moeprune.results/1",
       "name": str, "created": ISO 8601, "seconds": wall seconds of computing,
       "versions": {package: version}, "machine": {"processor": str, "cores": int, "workers": int},
-      "model": {"parameters": int, "layers": L, "experts": E, "top_k": K, "steps": int, "tokens_per_step": int,
-                "seed": int},
+      "model": {"parameters": int, "layers": L, "experts": E, "experts_in_all": int, "top_k": K, "steps": int,
+                "tokens_per_step": int, "seed": int}         E: of the largest layer
       "domains": [str], "reference": name of the variant that the others are compared with,
       "suite": str | null, "limit": int | null, "families": {family: [task]},
-      "train_on": bool           false: variants end with their prune; `end` is `after`, and there is no vs_reference
+      "train_on": bool           false: variants end with their prune; `end` is `after`, and losses have no vs_reference
       "trunk": {"step": int, "tokens": int, "reason": str, "history": HISTORY, "loads": LOADS} | null,
+      "checkpoint": CHECKPOINT | null        an existing model that was pruned instead of a trunk; train_on is false then
+      "overlap": OVERLAP | null              of what strategies remove, of those there are at every budget
       "variants": [VARIANT]
     }
+
+    CHECKPOINT {"path": str, "weights": sha256, "family": str, "experts": [int per layer], "top_k": K, "n_groups": int,
+                "calibration": {"data": {"source": str, "hash": str, ...}, "calibration_tokens": int, "seq_len": int | null, ...},
+                "held_out": {"source": str, "hash": str, "sequences": int, "tokens": int, "seq_len": int}}
+    OVERLAP  {"names": [S strategies], "families": [[strategy]],
+              "budgets": [{"budget": str, "ratio": share removed, "overlap": [S][S], "chance": [S][S]}]}
+             Jaccard index of the experts that two remove, mean over layers, and its mean if both drew lots; null: remove nothing
 
     HISTORY  {"step": [int], "loss": [float], "seconds": [float]}       training loss, one value per optimizer step
     LOADS    {"step": [int], "expert_ids": [window][layer][id], "shares": [window][layer][share of the layer's tokens]}
@@ -45,6 +54,7 @@
       "families": {family: {"metric": str, "higher_is_better": bool, "value": float, "stderr": float, "n": int,
                             "vs_reference": DIFF | null}}
     }
+             vs_reference of a score: null for the reference, and where the metric is the corpus's and no document has a value
     QUARTILES {"median": float, "q1": float, "q3": float}
 
 A failed variant holds what comes before `and if done` only. Every word of judgement comes from `difference`.

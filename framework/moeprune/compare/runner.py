@@ -1,4 +1,4 @@
-"""Runs the jobs of a comparison, several at a time, each in a process of its own, and continues an interrupted one.
+"""Runs the jobs of a comparison, several at a time, each in a process or cluster job of its own, and continues an interrupted one.
 
 A job that fails, is killed or runs out of memory leaves the others alone; it is tried again at the next call.
 """
@@ -6,13 +6,11 @@ A job that fails, is killed or runs out of memory leaves the others alone; it is
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from moeprune.compare import job, speed
+from moeprune.compare.executor import Executor, Processes, Running
 from moeprune.compare.spec import Comparison, job_folder
 from moeprune.errors import UserError
 from moeprune.files import locked, read_json, write_text
@@ -31,7 +30,7 @@ BUSY = "a comparison is running in {}; wait for it, or choose another --output"
 
 @dataclass
 class _Running:
-    process: BaseProcess
+    job: Running
     name: str
     row: TaskID
 
@@ -70,15 +69,34 @@ def prepare(comparison: Comparison, folder: Path, overwrite: bool) -> None:
         write_text(folder / "recipes" / f"{number:02}.yaml", yaml.safe_dump(recipe, sort_keys=False))
 
 
-def run(comparison: Comparison, folder: Path, workers: int, console: Console) -> dict[str, str]:
+def run(
+    comparison: Comparison,
+    folder: Path,
+    workers: int,
+    console: Console,
+    executor: Executor | None = None,
+    threads: int | None = None,
+) -> dict[str, str]:
     """Run every job that has no result yet.
+
+    Args:
+        comparison: what is compared.
+        folder: where it is kept.
+        workers: jobs at a time.
+        console: for progress.
+        executor: where jobs run; default: in processes of this machine.
+        threads: of a job; default: this machine's cores, shared out.
 
     Returns:
         The error of each variant that failed, by name.
     """
+    executor = Processes(comparison.suite is not None) if executor is None else executor
+    threads = max(1, cores() // workers) if threads is None else threads
     waiting = [name for name in _order(comparison) if not (job_folder(folder, name) / "result.json").exists()]
+    earlier = {name: found for name in waiting if (found := executor.find(job_folder(folder, name))) is not None}
     for name in waiting:
-        (job_folder(folder, name) / "error.txt").unlink(missing_ok=True)
+        if name not in earlier:
+            (job_folder(folder, name) / "error.txt").unlink(missing_ok=True)
     failed: dict[str, str] = {}
     running: list[_Running] = []
     with Progress(
@@ -90,11 +108,16 @@ def run(comparison: Comparison, folder: Path, workers: int, console: Console) ->
         refresh_per_second=2,
     ) as progress:
         rows = {name: progress.add_task(name, total=1, start=False, state="waiting") for name in waiting}
+        for name, found in earlier.items():
+            waiting.remove(name)
+            progress.start_task(rows[name])
+            running.append(_Running(found, name, rows[name]))
+            _say(progress, f"{name}: goes on from an earlier call")
         try:
             while waiting or running:
                 for each in list(running):
                     _show(progress, each, folder)
-                    if not each.process.is_alive():
+                    if not each.job.alive():
                         running.remove(each)
                         _finish(each, folder, failed, progress)
                 if job.TRUNK in failed:
@@ -104,25 +127,23 @@ def run(comparison: Comparison, folder: Path, workers: int, console: Console) ->
                         progress.update(rows[name], state="failed: no trunk")
                 while len(running) < workers and (ready := _next(comparison, folder, waiting)) is not None:
                     waiting.remove(ready)
-                    process = _process(
-                        job.main,
-                        comparison,
-                        folder,
-                        ready,
-                        max(1, cores() // workers),
-                        scores=comparison.suite is not None,
-                    )
-                    process.start()
+                    place = job_folder(folder, ready)
+                    place.mkdir(parents=True, exist_ok=True)
+                    started = executor.start(place, job.main, comparison, folder, ready, threads)
                     progress.start_task(rows[ready])
-                    running.append(_Running(process, ready, rows[ready]))
+                    running.append(_Running(started, ready, rows[ready]))
                 time.sleep(0.2)
         finally:
-            for each in running:
-                each.process.terminate()
+            if running and executor.outlives:
+                console.print(f"{len(running)} jobs go on; the same call gathers them", style="yellow")
+            for each in running if not executor.outlives else ():
+                each.job.stop()
     return failed
 
 
-def measure_speed(comparison: Comparison, folder: Path, names: list[str]) -> dict[str, Any]:
+def measure_speed(
+    comparison: Comparison, folder: Path, names: list[str], executor: Executor | None = None
+) -> dict[str, Any]:
     """Step times of the finished variants, measured in turns in one process; kept in speed.json."""
     path = folder / "speed.json"
     if comparison.reference not in names:
@@ -131,25 +152,12 @@ def measure_speed(comparison: Comparison, folder: Path, names: list[str]) -> dic
         found = read_json(path, "speed measurement")
         if sorted(found) == sorted(names):
             return dict(found)
-    process = _process(speed.main, comparison, folder, names, path, scores=comparison.suite is not None)
-    process.start()
-    process.join()
-    return dict(read_json(path, "speed measurement")) if process.exitcode == 0 else {}
-
-
-def _process(target: Callable[..., None], *args: Any, scores: bool) -> BaseProcess:
-    """A process forked from one that has done the imports; where that does not exist, a fresh one.
-
-    Args:
-        target: function to run.
-        args: its arguments.
-        scores: whether lm-eval will be needed.
-    """
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn").Process(target=target, args=args)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["moeprune.compare.preload" if scores else "moeprune.compare.prunes"])
-    return context.Process(target=target, args=args)
+        path.unlink()
+    executor = Processes(comparison.suite is not None) if executor is None else executor
+    running = executor.start(folder, speed.main, comparison, folder, names, path)
+    while running.alive():
+        time.sleep(0.2)
+    return dict(read_json(path, "speed measurement")) if path.exists() else {}
 
 
 def _order(comparison: Comparison) -> list[str]:
@@ -169,13 +177,12 @@ def _next(comparison: Comparison, folder: Path, waiting: list[str]) -> str | Non
 
 def _finish(each: _Running, folder: Path, failed: dict[str, str], progress: Progress) -> None:
     place = job_folder(folder, each.name)
-    if each.process.exitcode == 0 and (place / "result.json").exists():
+    if not each.job.failed() and (place / "result.json").exists():
         progress.update(each.row, total=1, completed=1, state="done")
         progress.stop_task(each.row)
         _say(progress, f"{each.name}: done after {progress.tasks[each.row].elapsed or 0:.0f} s")
         return
-    code = each.process.exitcode
-    message = f"killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
+    message = each.job.ending()
     if (place / "error.txt").exists():
         message = (place / "error.txt").read_text(encoding="utf-8")
     failed[each.name] = message

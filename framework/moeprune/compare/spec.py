@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from moeprune.errors import UserError, suggest
 
+RESERVED = ("trunk", "evidence", "plots", "recipes")  # folders of the comparison
 DATA_THAT_MUST_NOT_DIFFER = {"source", "domains", "vocab_size", "seq_len", "eval_sequences"}
 
 
@@ -137,6 +138,7 @@ class Comparison:
         limit: documents per task; None for all.
         options: arguments of `moeprune fit` for every run.
         train_on: whether variants go on training; without, all that is measured is the loss just before and after the prune.
+        checkpoint: which existing model is pruned instead of a trunk, and how it is read and measured; None with a recipe.
     """
 
     name: str
@@ -148,6 +150,7 @@ class Comparison:
     limit: int | None
     options: list[str]
     train_on: bool = True
+    checkpoint: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if not self.variants:
@@ -157,10 +160,13 @@ class Comparison:
         if self.variants[self.reference].start == "untrained":
             raise UserError(f"the reference {self.reference!r} is untrained; compare with a trained variant")
         for name, variant in self.variants.items():
-            if name == "trunk" or not name.replace("_", "").replace("-", "").replace(".", "").isalnum():
+            if name in RESERVED or not name.replace("_", "").replace("-", "").replace(".", "").isalnum():
                 raise UserError(
-                    f"a variant cannot be called {name!r}; use letters, digits, '_', '-' and '.', and not 'trunk'"
+                    f"a variant cannot be called {name!r}; use letters, digits, '_', '-' and '.', and not {', '.join(RESERVED)}"
                 )
+            if self.checkpoint is not None:
+                self._check_prune_of_checkpoint(name, variant)
+                continue
             for key, value in variant.config.items():
                 if key in ("data", "model", "pruning", "trainer", "checkpoint") and not isinstance(value, dict):
                     raise UserError(f"variant {name!r}: {key} must be a mapping of options, got {value!r}")
@@ -195,10 +201,38 @@ class Comparison:
                         f"change the trunk"
                     )
 
+    def _check_prune_of_checkpoint(self, name: str, variant: Variant) -> None:
+        if variant.start != "trunk" or variant.drift:
+            which = "drift" if variant.drift else f"start: {variant.start}"
+            raise UserError(
+                f"variant {name!r} sets {which}, but a checkpoint is pruned and not trained on; leave it out"
+            )
+        pruning = variant.config.get("pruning") or {}
+        if not isinstance(pruning, dict):
+            raise UserError(f"variant {name!r}: pruning must be a mapping of options, got {pruning!r}")
+        if "trigger" in pruning:
+            raise UserError(f"variant {name!r} sets a trigger, but a checkpoint is pruned at once; leave it out")
+        for key, value in variant.config.items():
+            for option in sorted(value) if isinstance(value, dict) else [""]:
+                if (key, option) not in (("pruning", "pruner"), ("pruning", "constraints")):
+                    raise UserError(
+                        f"variant {name!r} sets {f'{key}.{option}' if option else key}, but a checkpoint is pruned and not "
+                        f"trained on; variants differ in pruning.pruner and pruning.constraints alone"
+                    )
+        if name == self.reference and pruning:
+            raise UserError(
+                f"the reference {name!r} prunes; it is the checkpoint as it is, which the others are pruned from"
+            )
+        if name != self.reference and "pruner" not in pruning:
+            raise UserError(
+                f"variant {name!r} names no pruner, and {self.reference!r} is the checkpoint as it is already; give it "
+                f"config: {{pruning: {{pruner: ...}}}}, or remove it"
+            )
+
     @property
     def needs_trunk(self) -> bool:
-        """Whether any variant starts from the trunk."""
-        return any(variant.start == "trunk" for variant in self.variants.values())
+        """Whether any variant starts from the trunk of a recipe."""
+        return self.checkpoint is None and any(variant.start == "trunk" for variant in self.variants.values())
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides the results, as plain data."""

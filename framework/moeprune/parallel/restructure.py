@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 from collections.abc import Callable
@@ -9,53 +10,76 @@ from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 import torch.distributed as dist
-from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
+from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch.nn.parallel import DistributedDataParallel
 
 from moeprune.errors import UserError
+from moeprune.parallel.fsdp import FullyShardedStrategy
 from moeprune.parallel.strategy import ExpertParallelStrategy
+from moeprune.parallel.together import Together
+from moeprune.pruning.plan import PrunePlan
+from moeprune.pruning.surgery import apply_plan
 
 T = TypeVar("T")
 
 
-def check_strategy(trainer: pl.Trainer) -> None:
-    """Refuse, at set-up, a strategy under which a prune would corrupt or crash the run.
+PRUNING = (SingleDeviceStrategy, DDPStrategy, ExpertParallelStrategy, FullyShardedStrategy)
+
+
+def check_strategy(trainer: pl.Trainer, prunes: bool = True) -> None:
+    """Refuse, at set-up, a strategy under which the run would crash or be silently wrong.
+
+    Args:
+        trainer: of the run.
+        prunes: whether it may prune.
 
     Raises:
-        UserError: anything but a single device, DDP or expert parallelism.
+        UserError: Lightning's own ModelParallelStrategy, which would train a model of its own on every process; and if the run
+            prunes, anything but a single device, DDP, expert parallelism or FSDP2.
     """
-    # by exact type: DeepSpeed's, among others, derives from DDP's
-    if type(trainer.strategy) not in (DDPStrategy, SingleDeviceStrategy, ExpertParallelStrategy):
+    strategy = type(trainer.strategy)
+    if strategy is ModelParallelStrategy:
+        raise UserError("the strategy ModelParallelStrategy does not shard this model; use --trainer.strategy=fsdp2")
+    if prunes and strategy not in PRUNING:  # by exact type: DeepSpeed's, among others, derives from DDP's
         raise UserError(
-            f"pruning during training does not work under the strategy {type(trainer.strategy).__name__}; "
-            f"use --trainer.strategy=auto (one device), ddp or ep"
+            f"pruning during training does not work under the strategy {strategy.__name__}; use --trainer.strategy=auto (one "
+            f"device), ddp, ep or fsdp2"
         )
 
 
-def restructure(trainer: pl.Trainer, change: Callable[[], None]) -> None:
-    """Call `change`, which replaces parameters of the model; under DDP unwrap before and wrap again after, since DDP's
-    gradient buckets hold the old parameters.
+def prune(trainer: pl.Trainer, plan: PrunePlan) -> None:
+    """Carry a plan out on the model in training and its optimizers. Collective.
+
+    Under DDP the model is unwrapped before and wrapped again after, since DDP's gradient buckets hold the old parameters.
     """
-    strategy = trainer.strategy
+    strategy: Any = trainer.strategy
+    module: Any = strategy.lightning_module
+    if isinstance(strategy, FullyShardedStrategy):
+        strategy.prune(plan, strategy.optimizers)
+        gc.collect()  # the old model's modules and their hooks hold each other, and the experts that went
+        return
     wrapped = isinstance(strategy.model, DistributedDataParallel)
     if wrapped:
-        strategy.model = strategy.lightning_module
-    change()
+        strategy.model = module
+    apply_plan(module.transformer, plan, trainer.optimizers)
     if wrapped:
-        assert isinstance(strategy, DDPStrategy)
         strategy.configure_ddp()
 
 
-def decide(trainer: pl.Trainer, make: Callable[[], T]) -> T:
-    """What process 0 makes of a whole model, on every process; plain data. Under expert parallelism the experts are gathered
-    there first.
+def decide(trainer: pl.Trainer, make: Callable[[], T], whole: bool = True) -> T:
+    """What process 0 makes, on every process; plain data.
+
+    Args:
+        trainer: of the run.
+        make: called on process 0.
+        whole: whether it reads weights or runs the model, all of which is then gathered on process 0 where it is spread.
 
     Raises:
         UserError: that of process 0, on every process.
     """
     strategy = trainer.strategy
     answer: tuple[T | None, str] = (None, "")
-    if isinstance(strategy, ExpertParallelStrategy):
+    if whole and isinstance(strategy, Together):
         with strategy.whole():
             if trainer.is_global_zero:
                 answer = _attempt(make)

@@ -468,7 +468,7 @@ def simulate(
         raise UserError("cost.per_parameter needs the shape of an expert; give --d_model and --d_expert")
     if pruned is not None and not math.isclose(pruned.tokens, traffic.tokens, rel_tol=1e-6):
         raise UserError(f"the pruned model routes {pruned.tokens:g} tokens per step, the whole one {traffic.tokens:g}")
-    orders = _orders(traffic, options)
+    orders = drawn_orders(traffic, options)
 
     def loose(of: Traffic) -> list[tuple[Floats, Ints]]:
         return [
@@ -502,7 +502,7 @@ def simulate(
     return [_predict(name, make(), grid, traffic.tokens, cost, shape, memory) for name, make in ways.items()]
 
 
-def _orders(traffic: Traffic, options: Options) -> list[Floats]:
+def drawn_orders(traffic: Traffic, options: Options) -> list[Floats]:
     """Per layer [draws, E]: sorted, the order of its experts."""
     if options.unarranged == "contiguous":
         return [np.arange(len(ids), dtype=np.float64)[None, :] for ids in traffic.ids]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,21 +18,22 @@ from moeprune.errors import UserError
 from moeprune.model.experts import Experts
 from moeprune.parallel.dispatch import AllToAll, Local, Sharded
 from moeprune.parallel.layout import Layout
+from moeprune.parallel.pieces import Rows
+from moeprune.parallel.together import Together, check_names
 from moeprune.pruning.surgery import of_parameters_shape, replace_tensor
 
-LOST = "(?i)connection (closed|reset)|timed out|timeout|NCCL"  # of gloo and NCCL, when a process is gone
 LAYOUT = "expert_layout"  # key in a checkpoint: per layer the layout, when it was written under expert parallelism
 
 
-class ExpertParallelStrategy(DDPStrategy):
+class ExpertParallelStrategy(Together, DDPStrategy):
     """Every process trains on its own share of the batch and holds its own share of the experts.
 
     Routers and all other parameters are replicated and averaged as under DDP. The world is cut into groups of `ep_size`
     neighbouring processes; a group holds all experts, and the gradients of an expert are averaged over the groups. A run
     equals that of a single process with the same global batch, up to the order of sums.
 
-    Checkpoints hold all experts in order of their ids, as those of a single process do, and the layout beside them: with the
-    same `ep_size` a run goes on with the layout it had, otherwise from the contiguous one.
+    Checkpoints hold all experts in order of their ids, as those of a single process do, or in pieces every expert by its id, and
+    the layout beside them: with the same `ep_size` a run goes on with the layout it had, otherwise from the contiguous one.
 
     Args:
         ep_size: processes that share the experts; divides the number of processes; null for all of them.
@@ -92,18 +92,9 @@ class ExpertParallelStrategy(DDPStrategy):
                     self._groups.append(group)
 
     @property
-    def _module(self) -> Any:
-        assert self.lightning_module is not None
-        return self.lightning_module
-
-    def on_exception(self, exception: BaseException) -> None:
-        """Say what a broken connection means."""
-        super().on_exception(exception)
-        if isinstance(exception, RuntimeError) and re.search(LOST, str(exception)):
-            exception.add_note(
-                "moeprune: another process of this run has ended or does not answer; its own message says why. Resume with "
-                "--ckpt_path=<folder of the run>/last.ckpt"
-            )
+    def passes_need_all(self) -> bool:
+        """Not where every process has all experts."""
+        return bool(self._groups)
 
     # -- sharding ------------------------------------------------------------------------------------------------------
 
@@ -146,7 +137,7 @@ class ExpertParallelStrategy(DDPStrategy):
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """While the context lasts, the model of process 0 is whole and works without the others. Collective to enter."""
+        """See `Together`."""
         own = []
         for experts in self.experts().values() if self.global_rank < self.ep_size else ():
             dispatcher = experts.dispatcher
@@ -184,7 +175,7 @@ class ExpertParallelStrategy(DDPStrategy):
                     parameter.grad.div_(self.world_size)  # it came from the tokens of all processes of the group
 
     def clip_gradients_by_norm(self, optimizer: Optimizer, max_norm: float) -> None:
-        """Clip by the norm over the parameters of the whole model, wherever they live."""
+        """See `Together`."""
         mine = {parameter for experts in self.experts().values() for parameter in experts.parameters()}
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         squares = [
@@ -200,45 +191,18 @@ class ExpertParallelStrategy(DDPStrategy):
         norm = (squares[0] + squares[1]).sqrt()
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
 
-    # -- evaluation ----------------------------------------------------------------------------------------------------
-
-    def process_dataloader(self, dataloader: Any) -> Any:
-        """See `evened`."""
-        return self.evened(dataloader, training=bool(self._module.trainer.training))
-
-    def evened(self, loader: Any, training: bool = False) -> Any:
-        """The loader with as many batches as the process with the most has, since a pass needs all of them: empty ones are
-        added. Collective.
-
-        Raises:
-            UserError: a loader without a length, or training batches in unequal numbers.
-        """
-        if not self._groups:
-            return loader
-        try:
-            length = len(loader)
-        except TypeError as error:
-            raise UserError("the strategy `ep` needs data loaders that know their length") from error
-        most = torch.tensor([length, -length], device=self.root_device)
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        longest, shortest = int(most[0]), -int(most[1])
-        if training and longest > shortest:
-            raise UserError(
-                f"under the strategy `ep` all processes train on the same number of batches; here one has {shortest} and "
-                f"another {longest}"
-            )
-        return Padded(loader, [self._module.empty_batch()] * (longest - length)) if longest > length else loader
-
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """On process 0 as of a single process: all experts, in order of their ids. Collective."""
+        """On process 0 as of a single process: all experts, in order of their ids. In pieces: this process's. Collective."""
         state = super().lightning_module_state_dict()
         for name, dispatcher in self._sharded().items():
-            state[name] = self._gathered(state[name], dispatcher)
+            state[name] = self._saved(state[name], dispatcher)
         return state
 
-    def _gathered(self, tensor: Tensor, dispatcher: Sharded) -> Tensor:
+    def _saved(self, tensor: Tensor, dispatcher: Sharded) -> Tensor | Rows:
+        if self.sharded_checkpoints:
+            return Rows(tensor.detach(), dispatcher.held)
         full = (
             dispatcher.gather(tensor) if self.global_rank < self.ep_size else None
         )  # the other replicas hold the same
@@ -250,7 +214,7 @@ class ExpertParallelStrategy(DDPStrategy):
         where = self._numbered(optimizer)
         state["state"] = {
             number: {
-                key: self._gathered(value, where[number][1]) if self._of_shape(value, number, key, where) else value
+                key: self._saved(value, where[number][1]) if self._of_shape(value, number, key, where) else value
                 for key, value in values.items()
             }
             for number, values in state["state"].items()
@@ -276,49 +240,42 @@ class ExpertParallelStrategy(DDPStrategy):
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Keep the layout for when the experts are dealt out."""
-        checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, weights_only)
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
         self._saved_layouts = checkpoint.get(LAYOUT, [])
         return checkpoint
 
+    def _restored(self, value: Any, where: str, dispatcher: Sharded | None) -> Any:
+        """A value of a checkpoint: of a parameter that is dealt out this process's rows."""
+        if value is None and self._folder is not None:
+            return self._folder.tensor(where, None if dispatcher is None else dispatcher.held)
+        return dispatcher.scatter(value) if dispatcher is not None and value.ndim else value
+
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Take this process's rows, if the experts are dealt out already."""
-        sharded = self._sharded()
-        rows = {n: sharded[n].scatter(v) if n in sharded else v for n, v in checkpoint["state_dict"].items()}
+        sharded, saved = self._sharded(), checkpoint["state_dict"]
+        if self._folder is not None:
+            check_names(self._module.state_dict(), saved)
+        rows = {name: self._restored(saved[name], f"state_dict/{name}", sharded.get(name)) for name in saved}
         super().load_model_state_dict({**checkpoint, "state_dict": rows}, strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Take this process's rows."""
         states = []
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+        for index, (optimizer, state) in enumerate(zip(self.optimizers, checkpoint["optimizer_states"], strict=True)):
             where = self._numbered(optimizer)
             rows = {
                 number: {
-                    key: where[number][1].scatter(value) if number in where and value.ndim else value
+                    key: self._restored(
+                        value,
+                        f"optimizer_states/{index}/{number}/{key}",
+                        where[number][1] if number in where else None,
+                    )
                     for key, value in values.items()
                 }
                 for number, values in state["state"].items()
             }
             states.append({**state, "state": rows})
         super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
-
-
-class Padded:
-    """A loader followed by more batches.
-
-    Args:
-        loader: with a length.
-        more: batches.
-    """
-
-    def __init__(self, loader: Any, more: Sequence[Any]) -> None:
-        self._loader, self._more = loader, more
-
-    def __len__(self) -> int:
-        return len(self._loader) + len(self._more)
-
-    def __iter__(self) -> Iterator[Any]:
-        yield from self._loader
-        yield from self._more
 
 
 def shard(experts: Experts, dispatcher: Sharded) -> None:

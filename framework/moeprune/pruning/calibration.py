@@ -125,7 +125,8 @@ class Recording:
         tokens, mask = batch if isinstance(batch, tuple) else (batch, None)
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         trained = self.model.training
-        self.model.train(False)
+        if trained:
+            self.model.train(False)
         try:
             with torch.set_grad_enabled(self._gradients):
                 real = None if mask is None else mask[:, :-1].bool()
@@ -141,7 +142,8 @@ class Recording:
                         dim = self._parameters[i][1]
                         self._squares[i] += gradient.double().square().movedim(dim, 0).flatten(1).sum(1)
         finally:
-            self.model.train(trained)
+            if trained:
+                self.model.train(True)
         self.seen += 1
         self.tokens += int(inputs.numel() if real is None else real.sum())
 
@@ -276,6 +278,14 @@ def _of_weights(name: str, weights: Mapping[str, Tensor], index: int) -> NDArray
     return np.asarray(torch.stack(columns, 1))
 
 
+def _combined(weights: Tensor, f: Tensor) -> Tensor:
+    """[T, D] sum of outputs f [T, K, D] times weights [T, K]: K passes over f, where a matrix product per token is slow."""
+    total = weights[:, :1] * f[:, 0]
+    for k in range(1, f.shape[1]):
+        total.addcmul_(weights[:, k : k + 1], f[:, k])
+    return total
+
+
 @contextmanager
 def watch(recording: Recording, index: int, mask: Tensor | None = None) -> Iterator[None]:
     """While the context lasts, what MoE layer `index` does with the tokens that `mask` [T] does not hide is recorded."""
@@ -326,11 +336,13 @@ class _Watch:
             for a in range(0, T, step):
                 b = min(a + step, T)
                 f = self._outputs(x[a:b], indices[a:b]) if outputs else None
-                combined = None if f is None else torch.einsum("tk,tkd->td", weights[a:b].to(f.dtype), f)
+                combined = None if f is None else _combined(weights[a:b].to(f.dtype), f)
                 if combined is not None:
                     parts.append(combined.to(x.dtype))
                 self._hand_over(slice(a, b), x[a:b], indices[a:b], weights[a:b], f, combined)
-        return torch.cat(parts) if out is None else out
+        if out is not None:
+            return out
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _outputs(self, x: Tensor, indices: Tensor) -> Tensor:
         """[T, K, D] of each chosen expert alone, at least float32: by the experts' own `each` where they have one, otherwise by

@@ -62,8 +62,10 @@ class Seen:
     def per_expert(self, values: Tensor) -> Tensor:
         """Sum of values [T, K, ...] by expert: [E, ...] float64."""
         flat, chosen = values.flatten(0, 1), self.indices.flatten()
+        if flat.ndim == 1:
+            return torch.bincount(chosen, flat.double(), minlength=self.n_experts).double()  # int64 without tokens
         sums = flat.new_zeros(self.n_experts, *flat.shape[1:], dtype=torch.float64)
-        rows = max(1, 2**18 // math.prod(flat.shape[1:]))  # whose float64 copy fits the cache
+        rows = max(1, 2**17 // math.prod(flat.shape[1:]))  # whose float64 copy fits the cache
         for i in range(0, len(flat), rows):
             sums.index_add_(0, chosen[i : i + rows], flat[i : i + rows].double())
         return sums

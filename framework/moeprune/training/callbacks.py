@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import re
 import resource
 import sys
 import time
@@ -19,7 +20,10 @@ from pytorch_lightning.trainer.states import TrainerFn
 
 from moeprune.errors import UserError
 from moeprune.files import JsonLines
+from moeprune.parallel.together import Together
 from moeprune.training.expert_pruning import run_folder, save_checkpoint
+
+LOST = "(?i)connection (closed|reset)|broken pipe|timed out|timeout|NCCL"  # of gloo and NCCL, when a process is gone
 
 
 class RunRecorder(pl.Callback):
@@ -163,16 +167,33 @@ class LastCheckpoint(Checkpoint):
 
     Args:
         every_n_steps: optimizer steps between saves; the end of the run is saved as well.
+        sharded: write a folder of pieces, every process what it holds, instead of gathering all in one file; for the strategies
+            `fsdp2` and `ep`.
 
     Raises:
         UserError: every_n_steps < 1.
     """
 
-    def __init__(self, every_n_steps: int = 100) -> None:
+    def __init__(self, every_n_steps: int = 100, sharded: bool = False) -> None:
         if every_n_steps < 1:
             raise UserError(f"checkpoint.every_n_steps must be at least 1, got {every_n_steps}")
-        self.every_n_steps = every_n_steps
+        self.every_n_steps, self.sharded = every_n_steps, sharded
         self._saved = -1
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Tell the strategy how to save.
+
+        Raises:
+            UserError: one that has nothing to save in pieces.
+        """
+        strategy = trainer.strategy
+        if isinstance(strategy, Together):
+            strategy.sharded_checkpoints = self.sharded
+        elif self.sharded and stage == "fit":
+            raise UserError(
+                "checkpoint.sharded needs processes that hold parts of the model; use --trainer.strategy=fsdp2 or ep, or leave "
+                "it out"
+            )
 
     def on_train_batch_end(
         self,
@@ -190,6 +211,18 @@ class LastCheckpoint(Checkpoint):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save a run that ends for another reason than its number of steps."""
         self._save(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Say what a broken connection means, and where to go on from."""
+        if trainer.world_size == 1 or not (isinstance(exception, RuntimeError) and re.search(LOST, str(exception))):
+            return
+        last = run_folder(trainer) / "last.ckpt"
+        way_out = (
+            f"Resume with --ckpt_path={last}" if last.exists() else "There is no checkpoint yet; start the run again"
+        )
+        exception.add_note(
+            f"moeprune: another process of this run has ended or does not answer; its own message says why. {way_out}"
+        )
 
     def _save(self, trainer: pl.Trainer) -> None:
         if trainer.global_step == self._saved:

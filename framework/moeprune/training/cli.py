@@ -12,6 +12,7 @@ from typing import Any
 import pytorch_lightning as pl
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
 
 from moeprune import names
@@ -53,6 +54,21 @@ class SaveConfig(SaveConfigCallback):
             super().setup(trainer, pl_module, "fit")
 
 
+class AnyForm(TorchCheckpointIO):
+    """Reads checkpoints in pieces as well (`moeprune.parallel.pieces`)."""
+
+    def load_checkpoint(
+        self,
+        path: Any,
+        map_location: Any = "cpu",
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """The whole checkpoint, without unpickling anything but tensors and plain data."""
+        if Path(path).is_dir():
+            return read_lightning(path)
+        return super().load_checkpoint(path, map_location, weights_only)
+
+
 class Parser(Sentences, LightningArgumentParser):
     """Errors as one sentence."""
 
@@ -89,7 +105,7 @@ class CLI(LightningCLI):
         elif self.subcommand in ("validate", "test", "predict") and not path:
             print("moeprune: no --ckpt_path given: this is a fresh, untrained model", file=sys.stderr)
         if path and path not in ("best", "last", "hpc"):  # names that Lightning resolves itself
-            data = read_lightning(path)
+            data = read_lightning(path, weights=not Path(path).is_dir())
             Checkpoint.from_entry(data.get(ENTRY, {}), {}, str(path))
             if "pytorch-lightning_version" not in data:
                 raise UserError(
@@ -108,11 +124,14 @@ class CLI(LightningCLI):
             UserError: options that Lightning's Trainer refuses.
         """
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except UserError:
             raise
         except (ValueError, MisconfigurationException) as error:
             raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = AnyForm()
+        return trainer
 
     def _parse_ckpt_path(self) -> None:
         """LightningCLI would let hyper-parameters stored in the checkpoint override YAML and command line silently."""
@@ -253,6 +272,7 @@ def quiet() -> None:
         ".*Found .* module.* in eval mode at the start of training.*",
         ".*lr_scheduler.step.*before.*optimizer.step.*",
         ".*sync_dist=True.*",
+        ".*FSDP2-wrapped module .* returned a view tensor.*",  # nothing adds to logits in place
     ):
         warnings.filterwarnings("ignore", pattern)
 

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -326,7 +327,8 @@ class EvaluationBatches:
         seq_len: S.
         batch_size: sequences per batch.
         n_sequences: windows per domain, spread evenly over its tokens.
-        rank: this process; batches are dealt out in turn.
+        rank: this process; batches are dealt out in turn, and empty ones to those that would have one less than others: a
+            process that evaluates less than the others leaves them waiting.
         world_size: number of processes.
     """
 
@@ -351,6 +353,8 @@ class EvaluationBatches:
             self._batches += [
                 (domain, torch.from_numpy(part)) for part in np.split(rows, range(batch_size, len(rows), batch_size))
             ]
+        nothing = (next(iter(tokens)), torch.zeros(0, seq_len + 1, dtype=torch.int64))
+        self._batches += [nothing] * (-len(self._batches) % world_size)
         self._batches = self._batches[rank::world_size]
 
     def __len__(self) -> int:
@@ -359,6 +363,23 @@ class EvaluationBatches:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for domain, tokens in self._batches:
             yield {"domain": domain, "tokens": tokens}
+
+
+def check_equal_numbers(trainer: pl.Trainer) -> None:
+    """Refuse training batches in unequal numbers, since a process that has none left leaves the others waiting. Collective.
+
+    Raises:
+        UserError: on every process.
+    """
+    if trainer.world_size == 1:
+        return
+    numbers: list[Any] = [None] * trainer.world_size
+    dist.all_gather_object(numbers, trainer.num_training_batches)
+    if len(set(numbers)) > 1:
+        raise UserError(
+            f"all processes train on the same number of batches; here one has {min(numbers)} and another {max(numbers)}: let "
+            f"the data's loaders hand out equal numbers"
+        )
 
 
 class TextData(pl.LightningDataModule):

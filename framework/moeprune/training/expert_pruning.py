@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,14 +22,13 @@ from moeprune.parallel.dispatch import Sharded
 from moeprune.parallel.layout import Layout
 from moeprune.parallel.placement import Placement
 from moeprune.parallel.rearrange import factor, figures, rearrange
-from moeprune.parallel.restructure import agree, check_strategy, decide, restructure
+from moeprune.parallel.restructure import agree, check_strategy, decide, prune
 from moeprune.parallel.strategy import ExpertParallelStrategy
 from moeprune.pruning.calibration import record
 from moeprune.pruning.constraints import Constraints
 from moeprune.pruning.evidence import Evidence
 from moeprune.pruning.plan import PrunePlan
 from moeprune.pruning.pruner import Pruner
-from moeprune.pruning.surgery import apply_plan
 from moeprune.pruning.trigger import LoadWindow, Progress, Trigger
 from moeprune.training.module import MoELanguageModel, domain_losses
 
@@ -144,9 +144,9 @@ class ExpertPruning(pl.Callback):
         if stage == "fit" and self.placement is not None and isinstance(strategy, ExpertParallelStrategy):
             together = math.lcm(self.constraints.multiple_of, strategy.ep_size)
             self.constraints = replace(self.constraints, multiple_of=together)
+        check_strategy(trainer, stage == "fit" and self.trigger is not None)
         if stage != "fit" or self.trigger is None:
             return
-        check_strategy(trainer)
         config = _module(pl_module).config
         for layer in range(config.n_layers):
             self.constraints.feasible(config.n_experts, config.top_k, layer=layer)
@@ -243,15 +243,15 @@ class ExpertPruning(pl.Callback):
 
     def _prune(self, trainer: pl.Trainer, module: MoELanguageModel, reason: str) -> None:
         assert self.pruner is not None
-        model, step = module.transformer, trainer.global_step
-        self.constraints = self.constraints.for_router(model.n_groups, model.min_experts)
+        step = trainer.global_step
+        self.constraints = self.constraints.for_router(module.transformer.n_groups, module.transformer.min_experts)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         began = time.perf_counter()
         counts = self._recent_loads(trainer)
         plan = self._decide(trainer, module, counts)
         planned = time.perf_counter()
         layouts = self._layouts(module, plan, counts)
-        own = [list(layer.ids) for layer in model.moe_layers]
+        own = [list(layer.ids) for layer in module.transformer.moe_layers]
         now = [[list(row) for row in d.layout.ranks] for d in _sharded(module)]
         state = [
             step,
@@ -262,13 +262,13 @@ class ExpertPruning(pl.Callback):
             [layout.ranks for layout in layouts],
         ]
         agree(trainer, "the prune, or on the experts it starts from", state)
-        before = domain_losses(model, data.evaluation_batches("valid"))
+        before = domain_losses(module.transformer, data.evaluation_batches("valid"))
         n_before = _n_parameters(module)
         cutting = time.perf_counter()
-        restructure(trainer, lambda: apply_plan(model, plan, trainer.optimizers))
+        prune(trainer, plan)
         cut = time.perf_counter()
         moved = self._move(trainer, module, layouts, _survivors(plan, counts))
-        after = domain_losses(model, data.evaluation_batches("valid"))
+        after = domain_losses(module.transformer, data.evaluation_batches("valid"))
         module.plans = [*module.plans, plan]
         event = {
             "step": step,
@@ -331,7 +331,7 @@ class ExpertPruning(pl.Callback):
             evidence = self._evidence(trainer, module, counts)
             return pruner.plan(evidence, self._bounds(evidence)).made_by(pruner).to_dict(), self._target
 
-        chosen, self._target = decide(trainer, make)
+        chosen, self._target = decide(trainer, make, whole=not pruner.needs <= {"counts"})
         return PrunePlan.from_dict(chosen)
 
     def _evidence(self, trainer: pl.Trainer, module: MoELanguageModel, counts: list[NDArray[np.int64]]) -> Evidence:
@@ -452,24 +452,54 @@ def run_folder(trainer: pl.Trainer) -> Path:
 
 
 def save_checkpoint(trainer: pl.Trainer, name: str) -> None:
-    """Save into the run's folder, whole or not at all: a neighbour file takes the name once it is on disk. All ranks call it.
+    """Save into the run's folder, whole or not at all. All ranks call it.
+
+    A file is written beside and takes the name once it is on disk. A checkpoint in pieces goes into one of two folders
+    (`.NAME.0`, `.NAME.1`), in turn, and the name is a link to the newer one.
 
     Raises:
-        UserError: the disk is full; the file of that name, if there is one, is as it was.
+        UserError: the disk is full; the checkpoint of that name, if there is one, is as it was.
     """
     path = run_folder(trainer) / name
+    pieces = bool(getattr(trainer.strategy, "sharded_checkpoints", False))
+    slots = [path.with_name(f".{name}.{i}") for i in range(2)]
     fresh = path.with_name(f".{name}.new")
+    if pieces:
+        fresh = slots[path.is_symlink() and path.readlink().name == slots[0].name]
     try:
+        if trainer.is_global_zero:
+            _remove(fresh)
+            fresh.parent.mkdir(parents=True, exist_ok=True)
+        trainer.strategy.barrier()
         trainer.save_checkpoint(fresh)
         if trainer.is_global_zero:
-            with fresh.open("rb+") as file:
+            with (fresh / "meta.pt" if pieces else fresh).open("rb+") as file:
                 os.fsync(file.fileno())
-            fresh.replace(path)
+            if pieces:
+                link = path.with_name(f".{name}.new")
+                _remove(link)
+                link.symlink_to(fresh.name)
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                link.replace(path)
+            else:
+                fresh.replace(path)
+            for slot in slots:
+                if slot != fresh:
+                    _remove(slot)
     except OSError as error:
-        fresh.unlink(missing_ok=True)
+        if trainer.is_global_zero:
+            _remove(fresh)
         raise UserError(
             f"cannot write the checkpoint {path}: {error.strerror or error}; free space and resume from the one before"
         ) from error
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _module(module: pl.LightningModule) -> MoELanguageModel:

@@ -20,8 +20,10 @@ from moeprune.errors import UserError
 from moeprune.interop import native
 from moeprune.model.config import MoEConfig
 from moeprune.model.transformer import MoETransformer
-from moeprune.parallel.strategy import ExpertParallelStrategy
+from moeprune.parallel.fsdp import FullyShardedStrategy, local
+from moeprune.parallel.together import Together
 from moeprune.pruning.plan import PrunePlan
+from moeprune.training.data import check_equal_numbers
 
 
 def sequence_losses(logits: Tensor, targets: Tensor) -> Tensor:
@@ -33,12 +35,12 @@ def sequence_losses(logits: Tensor, targets: Tensor) -> Tensor:
 @torch.no_grad()
 def domain_losses(model: MoETransformer, batches: Iterable[dict[str, Any]]) -> dict[str, NDArray[np.float64]]:
     """Per domain the loss of each of its sequences, in order: what paired comparisons need. The model's mode is kept."""
-    trained, device = model.training, model.head.weight.device
+    trained, device = model.training, model.device
     model.eval()
     parts: dict[str, list[NDArray[np.float64]]] = {}
     for batch in batches:
         tokens = batch["tokens"].to(device)
-        losses = sequence_losses(model(tokens[:, :-1]), tokens[:, 1:])
+        losses = sequence_losses(model.logits(tokens[:, :-1]), tokens[:, 1:])
         parts.setdefault(batch["domain"], []).append(losses.double().cpu().numpy())
     model.train(trained)
     return {domain: np.concatenate(losses) for domain, losses in parts.items()}
@@ -127,17 +129,18 @@ class MoELanguageModel(pl.LightningModule):
         if self.checkpoint is not None:
             start = native.read(self.checkpoint)
             with torch.random.fork_rng(devices=[]):
-                self.model = start.model().train()
+                model = start.model().train()
             self.plans = start.plans
-            return
-        data = getattr(self.trainer, "datamodule", None)
-        store = getattr(data, "store", None) if self.unigram_bias else None
-        self.model = initial_model(self.config, self.init_seed, None if store is None else store.log_unigrams())
+        else:
+            data = getattr(self.trainer, "datamodule", None)
+            store = getattr(data, "store", None) if self.unigram_bias else None
+            model = initial_model(self.config, self.init_seed, None if store is None else store.log_unigrams())
+        strategy = self.trainer.strategy
+        self.model = strategy.sharded(model) if isinstance(strategy, FullyShardedStrategy) else model
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits [B, S, V] of tokens [B, S]."""
-        logits: Tensor = self.transformer(tokens)
-        return logits
+        return self.transformer.logits(tokens)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:
         """Cross-entropy plus balancing terms; also hands out the layers' counts, for the load windows."""
@@ -161,6 +164,10 @@ class MoELanguageModel(pl.LightningModule):
             self._counts = [a + b for a, b in zip(so_far, counts, strict=True)]
         return {"loss": total, "lm_loss": loss.detach(), "counts": counts}
 
+    def on_train_start(self) -> None:
+        """See `check_equal_numbers`."""
+        check_equal_numbers(self.trainer)
+
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """As Lightning does; then balancers that change the routers get the step's counts, over all ranks."""
         super().optimizer_step(*args, **kwargs)
@@ -183,11 +190,14 @@ class MoELanguageModel(pl.LightningModule):
         if "16-mixed" in self.trainer.precision and "bf16" not in self.trainer.precision:
             return
         flags = [
-            torch.stack([p.grad.isfinite().all() for p in parameters if p.grad is not None]).all()
+            torch.stack([local(p.grad).isfinite().all() for p in parameters if p.grad is not None]).all()
             for layer in self.transformer.moe_layers
             if (parameters := [*layer.router.parameters()] or [layer.experts.down])
         ]
-        finite = torch.stack(flags).tolist()  # one transfer from the device for all layers
+        everywhere = torch.stack(flags)
+        if isinstance(self.trainer.strategy, FullyShardedStrategy):
+            everywhere = sum_over_ranks((~everywhere).long()) == 0
+        finite = everywhere.tolist()  # one transfer from the device for all layers
         if not all(finite):
             raise UserError(
                 f"the gradient of layer {finite.index(False)} is not finite at step {self.global_step}; "
@@ -202,7 +212,7 @@ class MoELanguageModel(pl.LightningModule):
     ) -> None:
         """As Lightning does, by the norm of the whole model also where this process holds a part of it."""
         strategy = self.trainer.strategy
-        if isinstance(strategy, ExpertParallelStrategy) and gradient_clip_val and gradient_clip_algorithm != "value":
+        if isinstance(strategy, Together) and gradient_clip_val and gradient_clip_algorithm != "value":
             strategy.clip_gradients_by_norm(optimizer, gradient_clip_val)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
@@ -241,7 +251,7 @@ class MoELanguageModel(pl.LightningModule):
         trained = self.training
         self.eval()
         batches = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
-        if isinstance(trainer.strategy, ExpertParallelStrategy):
+        if isinstance(trainer.strategy, Together):
             batches = trainer.strategy.evened(batches)
         for index, batch in zip(range(int(trainer.num_val_batches[0])), batches, strict=False):
             trainer.strategy.validation_step(trainer.strategy.batch_to_device(batch), index)
@@ -331,7 +341,11 @@ class MoELanguageModel(pl.LightningModule):
         self.plans = saved.plans
         n_experts = [len(ids) for ids in saved.expert_ids]
         if n_experts != [layer.n_experts for layer in self.transformer.moe_layers]:
-            self.model = MoETransformer(self.config, n_experts).to(self.device)
+            strategy = getattr(self.trainer, "strategy", None)
+            if isinstance(strategy, FullyShardedStrategy):
+                self.model = strategy.resized(self.transformer, n_experts)
+            else:
+                self.model = MoETransformer(self.config, n_experts).to(self.device)
 
 
 def _snake(name: str) -> str:

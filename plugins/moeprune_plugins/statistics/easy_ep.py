@@ -25,7 +25,7 @@ class EasyEP(Statistic):
         h, y = seen.residual.to(seen.combined.dtype), seen.combined
         length = torch.linalg.vector_norm(h, dim=1).clamp(min=torch.finfo(h.dtype).tiny)
         share = torch.linalg.vecdot(h, y) / length
-        across = torch.linalg.vector_norm(y - (share / length)[:, None] * h, dim=1)
+        across = torch.linalg.vector_norm(torch.addcmul(y, (share / length)[:, None], h, value=-1), dim=1)
         # a small angle is lost in its cosine, but not in the parts of y along h and across it
         angle = torch.atan2(across.double(), length.double() + share)
         return seen.per_expert(seen.gates * seen.norms * 2 * torch.sin(angle / 2).square()[:, None])

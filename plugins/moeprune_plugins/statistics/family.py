@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import mul
 from typing import ClassVar
 
 import torch
@@ -16,12 +18,8 @@ class _Power(Statistic):
 
     def measure(self, seen: Seen) -> Tensor:
         """[E]."""
-        values = torch.ones_like(seen.gates)
-        for _ in range(self.a):
-            values = values * seen.gates
-        for _ in range(self.b):
-            values = values * seen.norms
-        return seen.per_expert(values)
+        factors = [seen.gates] * self.a + ([seen.norms] * self.b if self.b else [])
+        return seen.per_expert(reduce(mul, factors)) if factors else seen.counts.double()
 
 
 class G0F0(_Power):

@@ -1,0 +1,106 @@
+"""Started once per process by test_fsdp2.py: `fsdp2_script.py JOBS`, a JSON list of jobs done one after the other.
+
+A job is {"args": [...]} for `moeprune <args>`. Optional keys: "metrics", a file for the metrics at the end; "error", a file (.<rank>
+is added) for the sentence of the UserError that is expected; "shares", a file (.<rank> is added) for the bytes of this process's
+share of the parameters and of the optimizer's moments before and after every prune and at the end; "patch", a function of this
+file that stands in for `pieces.write`.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import sys
+import traceback
+import weakref
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytorch_lightning as pl
+from torch.distributed.checkpoint import FileSystemWriter
+
+from moeprune.errors import UserError
+from moeprune.parallel import pieces
+from moeprune.parallel.fsdp import FullyShardedStrategy, local
+from moeprune.training import callbacks, expert_pruning
+from moeprune.training.cli import run
+
+RANK = int(os.environ["LOCAL_RANK"])
+SAVE, PRUNE, WRITE = callbacks.save_checkpoint, expert_pruning.prune, pieces.write
+
+
+def keep_every_checkpoint(trainer: Any, name: str) -> None:
+    """Besides last.ckpt, step-<n>.ckpt."""
+    SAVE(trainer, name)
+    if trainer.is_global_zero:
+        folder = expert_pruning.run_folder(trainer)
+        copy = shutil.copytree if (folder / name).is_dir() else shutil.copy
+        copy(folder / name, folder / f"step-{trainer.global_step}.ckpt")
+
+
+def shares(trainer: pl.Trainer) -> list[int]:
+    """Bytes in memory of this process's parameters and moments, and how many numbers the whole model has."""
+    strategy: Any = trainer.strategy
+    assert isinstance(strategy, FullyShardedStrategy)
+    strategy.reshard()
+    parameters = [*strategy.lightning_module.transformer.parameters()]
+    (optimizer,) = strategy.optimizers
+    assert {p for group in optimizer.param_groups for p in group["params"]} == set(parameters)
+    moments = [value for p in parameters for value in optimizer.state[p].values() if value.ndim]
+    bytes_of_moments = sum(local(value).untyped_storage().nbytes() for value in moments)
+    return [strategy.local_bytes(), bytes_of_moments, sum(p.numel() for p in parameters)]
+
+
+def no_space_at_step_10(checkpoint: dict[str, Any], path: Path, first: bool) -> None:
+    """The disk of process 1 is full."""
+    if checkpoint["global_step"] < 10:
+        WRITE(checkpoint, path, first)
+    else:
+        with mock.patch.object(FileSystemWriter, "write_data", full if RANK else FileSystemWriter.write_data):
+            WRITE(checkpoint, path, first)
+
+
+def full(*args: Any) -> None:
+    """What the writer meets."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def main(jobs: list[dict[str, Any]]) -> None:
+    callbacks.save_checkpoint = keep_every_checkpoint
+    for job in jobs:
+        found: list[list[int]] = []
+
+        def pruned(trainer: Any, plan: Any, found: list[list[int]] = found) -> None:
+            if isinstance(trainer.strategy, FullyShardedStrategy):
+                found.append(shares(trainer))
+            before = weakref.ref(trainer.lightning_module.model)
+            PRUNE(trainer, plan)
+            assert (before() is None) == isinstance(trainer.strategy, FullyShardedStrategy)  # nothing holds its memory
+            if isinstance(trainer.strategy, FullyShardedStrategy):
+                found.append(shares(trainer))
+
+        expert_pruning.prune = pruned
+        pieces.write = globals()[job["patch"]] if "patch" in job else WRITE
+        try:
+            trainer = run(job["args"]).trainer
+            if "shares" in job:
+                Path(f"{job['shares']}.{RANK}").write_text(json.dumps([*found, shares(trainer)]))
+            if RANK == 0 and "metrics" in job:
+                metrics = {name: float(x) for name, x in trainer.callback_metrics.items()}
+                Path(job["metrics"]).write_text(json.dumps(metrics))
+        except UserError as error:
+            if "error" not in job:
+                raise
+            Path(f"{job['error']}.{RANK}").write_text(str(error))
+
+
+if __name__ == "__main__":
+    try:
+        main(json.loads(Path(sys.argv[1]).read_text()))
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # whatever waits in a collective
