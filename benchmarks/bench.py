@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import json
+import logging
 import os
 import platform
 import random
@@ -24,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -92,6 +95,84 @@ def row(
 def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:
     """Round by round."""
     return [a / b for a, b in zip(numerators, denominators, strict=True)]
+
+
+class Spent:
+    """CPU seconds that functions of a process take: `Spent().on(owner, "name")` counts the calls of `owner.name` from then on."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._within = False
+
+    def on(self, owner: Any, name: str) -> Spent:
+        """Count this function as well; calls within counted calls count once."""
+        found = owner.__dict__[name] if isinstance(owner, type) else getattr(owner, name)
+        inner = found.fget if isinstance(found, property) else found
+
+        @functools.wraps(inner)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            if self._within:
+                return inner(*args, **kwargs)
+            self._within, began = True, time.process_time()
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                self.seconds += time.process_time() - began
+                self._within = False
+
+        setattr(owner, name, property(counted) if isinstance(found, property) else counted)
+        return self
+
+    def take(self) -> float:
+        """Seconds since the last call of this."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
+
+
+def training(steps: int, each: Callable[[int, float], None], pruning: Any = None) -> None:
+    """A run of the quick start's model on the embedded corpus, 8 x 128 tokens per step, with Lightning, on one thread.
+
+    Args:
+        steps: optimizer steps.
+        each: called after each step with its number, from 1, and its CPU seconds, data and callbacks included.
+        pruning: the `ExpertPruning` callback, if any.
+    """
+    import pytorch_lightning as pl
+    import torch
+
+    from moeprune.training.data import TextData
+    from moeprune.training.module import MoELanguageModel
+
+    class Clock(pl.Callback):
+        began = 0.0
+
+        def on_train_start(self, *_: Any) -> None:
+            self.began = time.process_time()
+
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            now = time.process_time()
+            each(trainer.global_step, now - self.began)
+            self.began = time.process_time()
+
+    torch.set_num_threads(1)
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    pl.seed_everything(0, verbose=False)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = pl.Trainer(
+            max_steps=steps,
+            accelerator="cpu",
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            limit_val_batches=0,
+            gradient_clip_val=1.0,
+            default_root_dir=folder,
+            callbacks=[*([] if pruning is None else [pruning]), Clock()],
+        )
+        trainer.fit(MoELanguageModel(), datamodule=TextData())
 
 
 def report(rows: list[Row], options: argparse.Namespace) -> None:

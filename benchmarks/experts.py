@@ -1,51 +1,67 @@
-"""The expert layer, forward and backward, against its floor and against peers, in one process, interleaved.
+"""The expert layer, forward and backward, against its floor and against transformers, in one process.
 
-    OMP_NUM_THREADS=1 python benchmarks/experts.py [--size A] [--rounds 15] [--dtype float32]
+    python benchmarks/experts.py [--quick] [--json PATH] [--only A,B,C,experts,memory] [--rounds N] [--allocator kept|glibc]
 
-Floor: a dense matrix product of the same FLOPs (6 T K D F multiply-adds forward, 12 T K D F backward), nothing else.
-Peers: torch's grouped_mm under plain autograd; transformers' best expert backend, if transformers is installed.
-Routing is drawn anew for every round, uniform or Zipf; every round runs all implementations in random order on the same
-routing. Printed: median time over the floor's median in the same round, with quartiles.
+Floor: dense matrix products of the same FLOPs into memory that is there: 6 T K D F multiply-adds forward, 12 T K D F backward;
+at A 9.7, B 309.2, C 9.7 GFLOP. Not in the floor, and not to be avoided: weights are read twice and their gradients written
+once (at A 25 MB each, float32), tokens gathered and outputs added up (T K D each, three times and twice), the activation and
+its derivative (T K F, five times exp or so), sorting T K numbers.
+
+Sizes (T tokens, D, F, E experts, top-K): A 2048, 256, 256, 32, 4; B 4096, 512, 512, 64, 8; C 8192, 256, 128, 64, 2. Routing is
+drawn anew for every round, uniform or Zipf (exponent 1); all implementations see the same, in random order, one thread.
+CPU time; every figure is a ratio within a round. Peer: Qwen3-MoE's experts of transformers, whichever of its eager and grouped_mm
+backends is faster there. `--allocator kept` (default): freed memory stays with the process (mallopt), for all implementations;
+with glibc's own thresholds every large temporary costs page faults, of which the peer has more.
+
+--quick: 75 s. Otherwise about 5 minutes.
 """
 
 from __future__ import annotations
 
-import argparse
+import ctypes
+import itertools
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import median
 
 import torch
+from bench import Row, arguments, ratios, report, row
 from torch import Tensor
-from torch.nn import functional as F
+from torch.profiler import profile
 
-from moeprune.compare.results import quartiles
-from moeprune.model.experts import grouped_swiglu
+from moeprune.model import experts
+from moeprune.model.experts import grouped_mm_swiglu, grouped_swiglu, recomputed_swiglu
 
-SIZES = {"A": (2048, 256, 256, 32, 4), "B": (4096, 512, 512, 64, 8), "C": (8192, 256, 128, 64, 2)}  # T, D, F, E, K
+Sizes = tuple[int, int, int, int, int]  # T, D, F, E, K
 Layer = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+SIZES: dict[str, Sizes] = {
+    "A": (2048, 256, 256, 32, 4),
+    "B": (4096, 512, 512, 64, 8),
+    "C": (8192, 256, 128, 64, 2),
+}
+FLOOR = {("A", "float32"): 1.18, ("B", "float32"): 1.10, ("C", "float32"): 1.22, ("A", "bfloat16"): 1.45, ("C", "bfloat16"): 1.65}  # fmt: skip
+PEER = {("A", "float32"): 0.92, ("B", "float32"): 1.00, ("C", "float32"): 0.84, ("A", "bfloat16"): 0.62, ("C", "bfloat16"): 0.52}  # fmt: skip
+LOADS = {"uniform": 0.0, "Zipf": 1.0}
 
 
-def grouped_mm(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """Sorted tokens, torch.nn.functional.grouped_mm, plain autograd."""
-    order = indices.flatten().argsort(stable=True)
-    token = order // indices.shape[1]
-    ends = torch.bincount(indices.flatten(), minlength=gate_up.shape[0]).cumsum(0).to(torch.int32)
-    gate, up = F.grouped_mm(x.index_select(0, token), gate_up.transpose(1, 2), offs=ends).chunk(2, -1)
-    h = F.silu(gate) * up * weights.flatten().index_select(0, order)[:, None]
-    return torch.zeros_like(x).index_add(0, token, F.grouped_mm(h, down.transpose(1, 2), offs=ends))
+def keep_freed_memory() -> None:
+    """Tell glibc never to give memory back."""
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallopt(-4, 0)  # M_MMAP_MAX
+    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def transformers_layer(E: int, D: int, width: int, K: int) -> Layer | None:
-    """Qwen3-MoE experts of transformers with its grouped_mm backend; None if transformers is not installed."""
-    try:
-        from transformers import Qwen3MoeConfig
-        from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
-    except ImportError:
-        return None
+def transformers_layer(sizes: Sizes, backend: str) -> Layer:
+    """Qwen3-MoE's experts, on the weights given."""
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    _, D, width, E, K = sizes
     config = Qwen3MoeConfig(hidden_size=D, moe_intermediate_size=width, num_experts=E, num_experts_per_tok=K)
-    config._experts_implementation = "grouped_mm"
-    module = Qwen3MoeExperts(config)
+    config._experts_implementation = backend
+    with torch.device("meta"):
+        module = Qwen3MoeExperts(config)
 
     def layer(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         module.gate_up_proj, module.down_proj = gate_up, down  # type: ignore[assignment]
@@ -54,14 +70,12 @@ def transformers_layer(E: int, D: int, width: int, K: int) -> Layer | None:
     return layer
 
 
-def dense(S: int, D: int, width: int, dtype: torch.dtype) -> Callable[[], None]:
+def dense(sizes: Sizes, dtype: torch.dtype) -> Callable[[], None]:
     """The six matrix products of the floor, outputs allocated beforehand."""
+    T, D, width, _, K = sizes
+    S = T * K
     x, h, y = torch.randn(S, D, dtype=dtype), torch.randn(S, width, dtype=dtype), torch.randn(S, D, dtype=dtype)
-    gu, a, b = (
-        torch.randn(S, 2 * width, dtype=dtype),
-        torch.randn(2 * width, D, dtype=dtype),
-        torch.randn(D, width, dtype=dtype),
-    )
+    gu, a, b = (torch.randn(*shape, dtype=dtype) for shape in ((S, 2 * width), (2 * width, D), (D, width)))
     d_a, d_b = torch.empty_like(a), torch.empty_like(b)
 
     def run() -> None:
@@ -75,52 +89,215 @@ def dense(S: int, D: int, width: int, dtype: torch.dtype) -> Callable[[], None]:
     return run
 
 
-def route(T: int, E: int, K: int, zipf: float) -> Tensor:
-    """[T, K] experts, without repetition, drawn with probabilities proportional to rank^-zipf."""
-    weight = torch.arange(1, E + 1).float() ** -zipf
-    return torch.multinomial(weight.expand(T, E), K)
+class Problem:
+    """Inputs of a layer; `step(layer)` runs it forward and backward, leaving the gradients behind."""
+
+    def __init__(self, sizes: Sizes, dtype: torch.dtype) -> None:
+        T, D, width, E, K = self.sizes = sizes
+        g = torch.Generator().manual_seed(0)
+
+        def draw(*shape: int, std: float = 1.0) -> Tensor:
+            return (torch.randn(*shape, generator=g) * std).to(dtype)
+
+        self.x = draw(T, D).requires_grad_()
+        self.weights = (torch.rand(T, K, generator=g) / K).to(dtype).requires_grad_()
+        self.gate_up = torch.nn.Parameter(draw(E, 2 * width, D, std=D**-0.5))
+        self.down = torch.nn.Parameter(draw(E, D, width, std=width**-0.5))
+        self.upstream = draw(T, D)
+
+    def routings(self, zipf: float) -> Iterator[Tensor]:
+        """[T, K] experts without repetition, drawn with probabilities proportional to rank^-zipf, again and again."""
+        T, _, _, E, K = self.sizes
+        g = torch.Generator().manual_seed(1)
+        weight = torch.arange(1, E + 1).float() ** -zipf
+        while True:
+            yield torch.multinomial(weight.expand(T, E), K, generator=g)
+
+    def forward(self, layer: Layer, indices: Tensor) -> Tensor:
+        for tensor in (self.x, self.weights, self.gate_up, self.down):
+            tensor.grad = None
+        return layer(self.x, indices, self.weights, self.gate_up, self.down)
+
+
+def interleaved(
+    problems: Sequence[Problem],
+    layers: Mapping[str, Sequence[Layer]],
+    floor: Callable[[], None] | None,
+    zipf: float,
+    rounds: int,
+) -> dict[str, list[float]]:
+    """CPU seconds of each implementation (one layer per problem) in every round; a round before does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in (*layers, *(["floor"] if floor else []))}
+    routings = [problem.routings(zipf) for problem in problems]
+    for turn in range(rounds + 1):
+        drawn = [next(routing) for routing in routings]
+        for name in random.Random(turn).sample(list(seconds), len(seconds)):
+            spent = 0.0
+            if name == "floor" and floor:
+                began = time.process_time()
+                floor()
+                spent = time.process_time() - began
+            else:
+                for problem, layer, indices in zip(problems, layers[name], drawn, strict=True):
+                    for tensor in (problem.x, problem.weights, problem.gate_up, problem.down):
+                        tensor.grad = None
+                    began = time.process_time()
+                    problem.forward(layer, indices).backward(problem.upstream)
+                    spent += time.process_time() - began
+            if turn:
+                seconds[name].append(spent)
+    return seconds
+
+
+def best(seconds: Mapping[str, list[float]]) -> str:
+    """The faster backend of transformers."""
+    return min((name for name in seconds if name.startswith("transformers")), key=lambda name: median(seconds[name]))
+
+
+def of_size(name: str, dtype_name: str, rounds: int, loads: Sequence[str]) -> list[Row]:
+    """One size and dtype: floor, peer, recompute, grouped_mm."""
+    sizes, dtype = SIZES[name], getattr(torch, dtype_name)
+    problem = Problem(sizes, dtype)
+    layers: dict[str, list[Layer]] = {
+        "ours": [grouped_swiglu],
+        "recompute": [recomputed_swiglu],
+        "grouped_mm": [grouped_mm_swiglu],
+        "transformers grouped_mm": [transformers_layer(sizes, "grouped_mm")],
+        "transformers eager": [transformers_layer(sizes, "eager")],
+    }
+    if name == "B":  # twice as slow there, and seconds long
+        del layers["transformers eager"], layers["grouped_mm"], layers["recompute"]
+    rows = []
+    for load in loads:
+        seconds = interleaved([problem], layers, dense(sizes, dtype), LOADS[load], rounds)
+        case = f"{name}, {dtype_name}, {load}"
+        peer = best(seconds)
+        target = FLOOR.get((name, dtype_name)) if load == "uniform" else None
+        rows.append(row("expert layer / dense products", case, ratios(seconds["ours"], seconds["floor"]), target))
+        against = ratios(seconds["ours"], seconds[peer])
+        rows.append(row(f"expert layer / {peer}", case, against, PEER.get((name, dtype_name))))
+        rows += [
+            row(
+                f"{other} / blocks",
+                case,
+                ratios(seconds[other], seconds["ours"]),
+                1.2 if other == "recompute" else None,
+            )
+            for other in ("recompute", "grouped_mm")
+            if other in layers and load == "uniform"
+        ]
+    return rows
+
+
+def numbers_of_experts(rounds: int) -> list[Row]:
+    """The same FLOPs over 32 and over 256 experts; layers pruned to different numbers, against transformers' best."""
+    T, D, width, _, K = SIZES["A"]
+    few, many = (Problem((T, D, width, E, K), torch.float32) for E in (32, 256))
+    rows = []
+    found = {}
+    for problem in (few, many):
+        layers: dict[str, list[Layer]] = {
+            "ours": [grouped_swiglu],
+            "transformers grouped_mm": [transformers_layer(problem.sizes, "grouped_mm")],
+        }
+        found[problem.sizes[3]] = interleaved([problem], layers, None, 0.0, rounds)
+    for who, target in (("ours", 1.5), ("transformers grouped_mm", None)):
+        found_ratios = ratios(found[256][who], found[32][who])
+        rows.append(row("256 experts / 32 experts", f"A, float32, uniform, {who}", found_ratios, target))
+    rows.append(
+        row(
+            "expert layer / transformers grouped_mm",
+            "A with 256 experts, float32",
+            ratios(found[256]["ours"], found[256]["transformers grouped_mm"]),
+        )
+    )
+    del few, many
+    for dtype_name in ("float32", "bfloat16"):
+        pruned = [Problem((T, D, width, E, K), getattr(torch, dtype_name)) for E in (27, 21, 11)]
+        layers = {
+            "ours": [grouped_swiglu] * 3,
+            **{f"transformers {b}": [transformers_layer(p.sizes, b) for p in pruned] for b in ("grouped_mm", "eager")},
+        }
+        seconds = interleaved(pruned, layers, None, 1.0, rounds)
+        peer = best(seconds)
+        case = f"A pruned to 27, 21, 11 experts, {dtype_name}, Zipf"
+        rows.append(row(f"expert layer / {peer}", case, ratios(seconds["ours"], seconds[peer]), PEER["A", dtype_name]))
+    return rows
+
+
+def _peak(found: profile) -> tuple[int, int]:
+    """Highest sum of the bytes allocated and freed in the order of time, and the last."""
+    changes = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    sums = list(itertools.accumulate((e.nbytes() for e in sorted(changes, key=lambda e: e.start_ns())), initial=0))
+    return max(sums), sums[-1]
+
+
+def memory_of(problem: Problem, layer: Layer) -> tuple[int, int]:
+    """Bytes: peak of a step beyond arguments and the gradients of the weights; kept for the backward pass.
+
+    The peak counts the gradients of x and of the combine weights, the output, and the scratch of `blocks`.
+    """
+    indices = next(problem.routings(0.0))
+    problem.forward(layer, indices).backward(problem.upstream)
+    problem.forward(layer, indices)
+    experts._KEPT.memory = torch.empty(0, dtype=torch.uint8)
+    with profile(profile_memory=True) as forward:
+        out = problem.forward(layer, indices)
+    with profile(profile_memory=True) as backward:
+        out.backward(problem.upstream)
+    peak, kept = _peak(forward)
+    of_weights = sum(p.numel() * p.element_size() for p in (problem.gate_up, problem.down))
+    saved: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = problem.forward(layer, indices)
+    own = {t.untyped_storage().data_ptr() for t in (problem.x, indices, problem.weights, problem.gate_up, problem.down)}
+    return max(peak, kept + _peak(backward)[0] - of_weights), sum(n for at, n in saved.items() if at not in own)
+
+
+def memory(names: Sequence[str]) -> list[Row]:
+    """Peak and saved bytes over those of transformers' grouped_mm."""
+    rows = []
+    for name in names:
+        problem = Problem(SIZES[name], torch.float32)
+        peer = memory_of(problem, transformers_layer(SIZES[name], "grouped_mm"))
+        for backend, targets in (("blocks", ({"A": 0.2, "B": 0.4}[name], 1 / 3)), ("recompute", (None, 0.01))):
+            ours = memory_of(problem, experts.BACKENDS[backend])
+            for what, mine, its, target in zip(("peak memory", "saved for backward"), ours, peer, targets, strict=True):
+                case = f"{name}, float32, {backend}: {mine / 2**20:.1f} of {its / 2**20:.1f} MiB"
+                rows.append(row(f"{what} / transformers grouped_mm", case, [mine / its], target))
+    return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--size", choices=SIZES, default="A")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    args = parser.parse_args()
-    T, D, width, E, K = SIZES[args.size]
-    dtype = getattr(torch, args.dtype)
-    torch.manual_seed(0)
-    x = torch.randn(T, D, dtype=dtype, requires_grad=True)
-    weights = (torch.rand(T, K) / K).to(dtype).requires_grad_()
-    gate_up = torch.nn.Parameter((torch.randn(E, 2 * width, D) * D**-0.5).to(dtype))
-    down = torch.nn.Parameter((torch.randn(E, D, width) * width**-0.5).to(dtype))
-    upstream = torch.randn(T, D, dtype=dtype)
-    layers: dict[str, Layer] = {"moeprune grouped_swiglu": grouped_swiglu, "torch grouped_mm, autograd": grouped_mm}
-    peer = transformers_layer(E, D, width, K)
-    if peer is not None:
-        layers["transformers grouped_mm"] = peer
-    floor = dense(T * K, D, width, dtype)
-    print(
-        f"size {args.size}: T={T} D={D} F={width} E={E} K={K}, {args.dtype}, torch {torch.__version__}, {torch.get_num_threads()} thread(s)"
-    )
-    for load, zipf in (("uniform", 0.0), ("Zipf", 1.0)):
-        times: dict[str, list[float]] = {name: [] for name in ("floor", *layers)}
-        for turn in range(args.rounds + 2):
-            indices = route(T, E, K, zipf)
-            for name in random.Random(turn).sample(list(times), len(times)):
-                for tensor in (x, weights, gate_up, down):
-                    tensor.grad = None
-                began = time.perf_counter()
-                if name == "floor":
-                    floor()
-                else:
-                    layers[name](x, indices, weights, gate_up, down).backward(upstream)
-                if turn >= 2:
-                    times[name].append(time.perf_counter() - began)
-        print(f"{load} load; floor {1e3 * quartiles(times['floor'])['median']:.1f} ms")
-        for name in layers:
-            q = quartiles([a / b for a, b in zip(times[name], times["floor"], strict=True)])
-            print(f"  {name:<28} {q['median']:.2f} x floor ({q['q1']:.2f} to {q['q3']:.2f})")
+    parser = arguments(__doc__)
+    parser.add_argument("--only", default="A,B,C,experts,memory", help="parts, with commas")
+    parser.add_argument("--rounds", type=int, help="of the sizes A and C; B runs a third of them")
+    parser.add_argument("--allocator", choices=("kept", "glibc"), default="kept")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.allocator == "kept":
+        keep_freed_memory()
+    rounds = options.rounds or (7 if options.quick else 21)
+    only = options.only.split(",")
+    rows = []
+    if "memory" in only:
+        rows += memory(["A"] if options.quick else ["A", "B"])
+    for name in "AC":
+        if name in only:
+            for dtype_name in ("float32", "bfloat16"):
+                rows += of_size(name, dtype_name, rounds, list(LOADS))
+    if "experts" in only:
+        rows += numbers_of_experts(max(5, rounds // 2))
+    if "B" in only:
+        rows += of_size("B", "float32", max(3, rounds // 3), ["uniform"] if options.quick else list(LOADS))
+        if not options.quick:
+            rows += of_size("B", "bfloat16", rounds // 3, list(LOADS))
+    report(rows, options)
 
 
 if __name__ == "__main__":

@@ -18,12 +18,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_training import RECIPE
 
+from moeprune import registry
 from moeprune.cli import main
+from moeprune.compare.gather import gather
+from moeprune.compare.report import terminal_table, write_report
 from moeprune.compare.results import NO_DIFFERENCE, difference, mean_and_stderr
-from moeprune.compare.spec import Sweep
+from moeprune.compare.spec import Comparison, Sweep, Variant
 from moeprune.files import read_rows
 
 LAEP = {"class_path": "laep", "init_args": {"beta": 0.3}}
+GRADUAL = {"class_path": "gradual", "init_args": {"start": 5, "end": 15, "prunes": 3}}
 COMPARISON: dict[str, Any] = {
     "name": "tiny",
     "recipe": "tiny.yaml",
@@ -51,7 +55,7 @@ COMPARISON: dict[str, Any] = {
             "config": {
                 "pruning": {
                     "pruner": {**LAEP, "init_args": {"beta": 0.5}},
-                    "trigger": {"class_path": "gradual", "init_args": {"start": 5, "end": 15, "prunes": 3}},
+                    "trigger": GRADUAL,
                 }
             },
         },
@@ -163,6 +167,70 @@ def test_several_prunes_add_up(finished: Path) -> None:
     assert plan["kept"] == events[-1]["plan"]["kept"]
     assert row["removed_load"] == []
     assert "sum of 3 prunes" in (finished / "out" / "report.html").read_text()
+
+
+def test_a_recipe_that_prunes_gradually_goes_on_doing_so(corpus: Path, tmp_path: Path) -> None:
+    """The trunk ends at the first of the prunes; a variant that does not change them has them all, those of a run without a
+    trunk, and one that names a pruner of its own is refused, since it would prune once."""
+    config = write(tmp_path, corpus, {"name": "gradual", "recipe": "tiny.yaml", "reference": "base", "suite": None})
+    recipe = yaml.safe_load((tmp_path / "tiny.yaml").read_text())
+    recipe["pruning"] |= {"pruner": {**LAEP, "init_args": {"beta": 0.5}}, "trigger": GRADUAL}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    comparison = yaml.safe_load(config.read_text()) | {"variants": {"base": {}, "alone": {"start": "scratch"}}}
+    config.write_text(yaml.safe_dump(comparison))
+    assert main(["compare", f"--config={config}", f"--output={tmp_path / 'out'}"]) == 0
+    rows = {row["name"]: row for row in results(tmp_path)["variants"]}
+    assert [prune["step"] for prune in rows["base"]["prunes"]] == [5, 10, 15]
+    for key in ("prunes", "jump", "experts_kept", "val_loss"):
+        assert rows["base"][key] == rows["alone"][key], key
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "The trunk ended at step 5 of 20" in page
+    assert "base was pruned at steps 5, 10 and 15." in page
+    comparison["variants"]["random"] = {"config": {"pruning": {"pruner": "random"}}}
+    config.write_text(yaml.safe_dump(comparison))
+    assert main(["compare", f"--config={config}", f"--output={tmp_path / 'other'}"]) == 2
+
+
+# --- scores without a value per document
+
+
+def score_of(documents: list[float], value: float, metric: str = "f1") -> dict[str, Any]:
+    return {
+        "metric": metric, "higher_is_better": True, "value": value, "stderr": None, "n": 3, "documents": documents,
+    }  # fmt: skip
+
+
+def test_a_metric_of_the_corpus_is_left_out_of_paired_differences(tmp_path: Path) -> None:
+    """squadv2 and its like give text per document, which makes no number: the score stands, a difference does not."""
+    variants = {"base": Variant(), "other": Variant(), "drift": Variant(drift=True)}
+    comparison = Comparison("squad", ["{}"], {}, variants, "base", "offline", None, [])
+    tasks = {task: list(names) for task, names in registry.create("suite", "offline").families().items()}
+    odd = next(iter(tasks.values()))[0]
+    for name, shift in (("base", 0.0), ("other", 0.25), ("drift", 0.1)):
+        scores = {task: score_of([shift, 1.0, 0.5], 0.5 + shift / 3) for names in tasks.values() for task in names}
+        scores[odd] = score_of([], 40.0 + shift, "f1")
+        result = {
+            "step": 1, "parameters": 3, "unpruned_parameters": 3, "active_parameters": 2, "experts_kept": [2],
+            "weights_bytes": 1, "optimizer_bytes": None, "peak_bytes": None, "plan": None,
+            "val_loss": {"sky": [1.0, 2.0 + shift]}, "scores": scores,
+        }  # fmt: skip
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(json.dumps(result))
+    found = gather(comparison, tmp_path, {}, {}, 1.0, 1)
+    row = found["variants"][1]
+    assert row["scores"][odd]["value"] == 40.25
+    assert row["scores"][odd]["vs_reference"] is None
+    first, *rest = tasks
+    assert row["families"][first]["vs_reference"] is None
+    assert row["families"][first]["stderr"] is None
+    n = len(tasks[first])
+    assert row["families"][first]["value"] == pytest.approx((40.25 + (n - 1) * (0.5 + 0.25 / 3)) / n)
+    for family in rest:
+        assert row["families"][family]["vs_reference"]["value"] == pytest.approx(0.25 / 3)
+        assert row["families"][family]["vs_reference"]["noise"] == pytest.approx(0.1 / 3)
+    write_report(json.loads(json.dumps(found, allow_nan=False)), tmp_path)
+    assert f"No paired difference for {odd}" in (tmp_path / "report.html").read_text()
+    assert len(terminal_table(found).columns) > 4
 
 
 # --- without training on
@@ -344,6 +412,18 @@ def test_killed_comparison_continues(finished: Path, corpus: Path, tmp_path: Pat
             {"sweep": {"ratios": [0.5], "families": {"a": ["reap"]}}, "variants": {"base": {}, "reap-50": {}}},
             "one already",
         ),
+        ({"variants": None}, "missing: variants"),
+        ({"reference": None}, "missing: reference"),
+        (
+            {"options": ["--model.checkpoint=hf"]},
+            "'untrained' is untrained, but the recipe goes on from model.checkpoint=hf",
+        ),
+        (
+            {"variants": {"base": {}, "a": {"start": "untrained", "config": {"model": {"checkpoint": "hf"}}}}},
+            "'a' is untrained, but the recipe goes on from model.checkpoint=hf",
+        ),
+        ({"trunk": {"pruning": {"trigger": GRADUAL}}}, "'laep' would prune once, where the trunk ends, but"),
+        ({"trunk": {}, "options": ["--pruning.trigger=gradual"]}, "start: scratch"),
     ],
 )
 def test_bad_comparison(

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from moeprune import checkpoints
 from moeprune.cli import main
 from moeprune.compare import checkpoint, held_out
+from moeprune.errors import UserError
 from moeprune.interop.checkpoint import load
 from moeprune.interop.transformers import TransformersModel
 from moeprune.model.config import MoEConfig
@@ -251,7 +252,14 @@ def test_nothing_is_done_twice(place: Path, finished: Path, passes: list[int], m
     grown = json.loads((finished / "evidence" / "evidence.json").read_text())
     assert set(grown["statistics"]) == set(known["statistics"]) | {"taylor"}
     assert grown["provenance"] == known["provenance"]
-    assert not (finished / "evidence" / "more").exists()
+    assert {path.name for path in (finished / "evidence").iterdir()} == {"evidence.json", "evidence.safetensors"}
+    weights = finished / "laep" / "checkpoint" / "model.safetensors"
+    content = weights.read_bytes()
+    shutil.rmtree(weights.parent)
+    del passes[:]
+    assert compare(place, {**COMPARISON, "variants": more}, place / "qwen", finished, "--export") == 0
+    assert passes == []
+    assert weights.read_bytes() == content
     assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
 
     def loads(*_: Any) -> None:
@@ -276,7 +284,7 @@ def test_interrupted_calls_go_on(place: Path, finished: Path, tmp_path: Path, mo
 
     monkeypatch.setattr(Recording, "update", stop)
     assert compare(place, COMPARISON, place / "qwen", tmp_path / "out") == 130
-    assert (tmp_path / "out" / "evidence" / "partial.safetensors").exists()
+    assert len(list((tmp_path / "out" / "evidence").glob("more-*/partial.safetensors"))) == 1
     seen: list[int] = []
 
     def go_on(self: Recording, batch: Any) -> None:
@@ -420,6 +428,12 @@ def test_sequences_do_not_overlap_and_chats_stand_alone(tmp_path: Path) -> None:
     assert each == [stream[:10], stream[11:21], stream[23:33], [1, 2, 3]]
 
 
+def test_too_little_text_is_said(tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("abc")
+    with pytest.raises(UserError, match="holds 4 tokens, less than one sequence of 10"):
+        held_out.sequences(str(tmp_path / "short.txt"), lambda d: [1] * len(d), [0], 9, 50)
+
+
 def test_padding_does_not_count(place: Path) -> None:
     model = load(place / "qwen")
     each = [[5, 6, 7, 8, 9], [9, 8, 7], [1, 2, 3, 4]]
@@ -476,7 +490,6 @@ REAP = {"pruning": {"pruner": "reap"}}
         (of("a", config={"pruning": {"pruner": {"class_path": "laep", "init_args": {"bta": 3}}}}), "beta"),
         ({"reference": "base"}, "base"),
         ({"suite": "ofline"}, "offline"),
-        ({"seq_len": 400}, "fewer than one | less than one"),
         ({"data": "missing.txt"}, "no text at missing.txt"),
         ({"held_out": "missing.txt"}, "no text at missing.txt"),
         ({"calibration_batches": 0}, "calibration_batches must be at least 1"),
@@ -585,7 +598,6 @@ def test_what_cannot_be_measured_fails_its_variant_alone(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A statistic that this model refuses leaves the measurement of all others standing."""
-    from moeprune.errors import UserError
     from moeprune.interop.transformers import TransformersLayer
 
     def refuse(self: TransformersLayer) -> Any:

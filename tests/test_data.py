@@ -62,14 +62,20 @@ def test_other_seed_other_batches() -> None:
     assert not torch.equal(batches().batch(0), batches().batch(1))
 
 
-def test_evaluation_is_dealt_out_without_loss() -> None:
+@pytest.mark.parametrize("world", [1, 2, 4, 7])
+def test_evaluation_is_dealt_out_without_loss(world: int) -> None:
+    """In equal numbers of batches, of which those that are too many hold nothing."""
     tokens = {"a": TOKENS[0], "b": TOKENS[1]}
     whole = list(EvaluationBatches(tokens, 8, 3, 7))
-    dealt = [list(EvaluationBatches(tokens, 8, 3, 7, rank, 2)) for rank in range(2)]
+    loaders = [EvaluationBatches(tokens, 8, 3, 7, rank, world) for rank in range(world)]
+    dealt = [list(loader) for loader in loaders]
     assert len(whole) == 6
     assert sum(len(b["tokens"]) for b in whole) == 14
+    assert [len(loader) for loader in loaders] == [len(part) for part in dealt] == [-(-6 // world)] * world
+    assert all(b["tokens"].shape[1] == 9 and b["domain"] in tokens for part in dealt for b in part)
     key = [(b["domain"], b["tokens"].tolist()) for b in whole]
-    assert sorted(key) == sorted((b["domain"], b["tokens"].tolist()) for part in dealt for b in part)
+    found = [(b["domain"], b["tokens"].tolist()) for part in dealt for b in part if len(b["tokens"])]
+    assert sorted(key) == sorted(found)
 
 
 def test_store_round_trip_and_unigrams(corpus: Path) -> None:

@@ -1,6 +1,9 @@
-"""The grouped expert computation against three loops anyone can believe: outputs and every gradient."""
+"""Every way of computing the experts against three loops anyone can believe: outputs and every gradient."""
 
 from __future__ import annotations
+
+import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,8 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moeprune.errors import UserError
 from moeprune.model import experts
-from moeprune.model.experts import grouped_swiglu, reference_swiglu
+from moeprune.model.config import MoEConfig
+from moeprune.model.experts import BACKENDS, Backend, Experts, each_swiglu, find_backend, reference_swiglu
+from moeprune.model.transformer import MoETransformer
+
+FAST = [name for name in BACKENDS if name != "reference"]
+IN_BLOCKS = ["blocks", "recompute"]
 
 
 def problem(
@@ -28,14 +37,15 @@ def problem(
     return [x, pick, weights, gate_up, down]
 
 
-def outputs_and_gradients(function, args: list[Tensor]) -> list[Tensor]:
+def outputs_and_gradients(function: Backend, args: list[Tensor]) -> list[Tensor]:
     leaves = [a for a in args if a.requires_grad]
     out = function(*args)
     weight = torch.linspace(-1, 2, out.numel(), dtype=torch.float64).view(out.shape).to(out.dtype)
     return [out, *torch.autograd.grad((out * weight).sum(), leaves)]
 
 
-@settings(max_examples=40, deadline=None)
+@pytest.mark.parametrize("name", FAST)
+@settings(max_examples=25, deadline=None)
 @given(
     st.integers(1, 23),
     st.integers(1, 13),
@@ -43,72 +53,295 @@ def outputs_and_gradients(function, args: list[Tensor]) -> list[Tensor]:
     st.integers(1, 7),
     st.integers(1, 3),
     st.integers(0, 2**20),
-    st.integers(1, 9),
+    st.integers(1, 20),
 )
-def test_equals_reference_float64(T: int, D: int, F: int, E: int, K: int, seed: int, rows: int) -> None:
+def test_equals_reference_float64(name: str, T: int, D: int, F: int, E: int, K: int, seed: int, rows: int) -> None:
     """Any sizes, blocks that cut experts in the middle, experts without a token."""
     K = min(K, E)
     args = problem(T, D, F, E, K, seed, torch.float64, used=max(K, E // 2))
     before = experts.ROWS_PER_BLOCK
     experts.ROWS_PER_BLOCK = rows
     try:
-        fast = outputs_and_gradients(grouped_swiglu, args)
+        fast = outputs_and_gradients(find_backend(name), args)
     finally:
         experts.ROWS_PER_BLOCK = before
     for a, b in zip(fast, outputs_and_gradients(reference_swiglu, args), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("T", "D", "F", "E", "K"), [(63, 60, 37, 5, 2), (130, 32, 16, 8, 4), (7, 9, 5, 1, 1), (40, 16, 24, 16, 1)]
-)
-def test_equals_reference_float32(T: int, D: int, F: int, E: int, K: int) -> None:
+# T, D, F, E, K; widths that grouped_mm takes and one it does not; one token, one expert, all experts, many of them idle
+SIZES = [
+    (63, 60, 36, 5, 2),
+    (63, 61, 37, 5, 2),
+    (130, 32, 16, 8, 4),
+    (7, 8, 4, 1, 1),
+    (40, 16, 24, 16, 1),
+    (1, 16, 8, 9, 3),
+]
+SIZES += [(21, 12, 20, 4, 4), (200, 16, 8, 3, 1)]
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize(("T", "D", "F", "E", "K"), SIZES)
+def test_equals_reference_float32(name: str, T: int, D: int, F: int, E: int, K: int) -> None:
     args = problem(T, D, F, E, K, 1, torch.float32)
-    for a, b in zip(
-        outputs_and_gradients(grouped_swiglu, args), outputs_and_gradients(reference_swiglu, args), strict=True
-    ):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    fast = outputs_and_gradients(find_backend(name), args)
+    for a, b in zip(fast, outputs_and_gradients(reference_swiglu, args), strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize(("T", "D", "F", "E", "K"), [(63, 60, 37, 5, 2), (7, 9, 5, 1, 1), (96, 32, 16, 8, 4)])
-def test_bfloat16_keeps_the_signal(T: int, D: int, F: int, E: int, K: int) -> None:
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize(
+    ("T", "D", "F", "E", "K"), [(63, 64, 40, 5, 2), (63, 60, 37, 5, 2), (7, 8, 8, 1, 1), (96, 32, 16, 8, 4)]
+)
+def test_bfloat16_keeps_the_signal(name: str, T: int, D: int, F: int, E: int, K: int) -> None:
     """Against the float64 reference on the same (rounded) numbers: at least 35 dB of signal over noise everywhere."""
     args = problem(T, D, F, E, K, 2, torch.bfloat16)
     exact = [a.detach().double().requires_grad_(a.requires_grad) if a.is_floating_point() else a for a in args]
-    for a, b in zip(
-        outputs_and_gradients(grouped_swiglu, args), outputs_and_gradients(reference_swiglu, exact), strict=True
-    ):
+    fast = outputs_and_gradients(find_backend(name), args)
+    for a, b in zip(fast, outputs_and_gradients(reference_swiglu, exact), strict=True):
         noise = (a.double() - b).square().sum()
         assert a.dtype == torch.bfloat16
         assert 10 * torch.log10(b.square().sum() / noise) > 35
 
 
-def test_gradcheck() -> None:
+@pytest.mark.parametrize("name", FAST)
+def test_autocast(name: str) -> None:
+    """Mixed precision through the module: float32 parameters get float32 gradients, near those of full precision."""
+    x, pick, weights, *_ = problem(50, 32, 16, 6, 2, 5, torch.float32, used=5)
+    layer = Experts(6, 32, 16, 0.2, name)
+    x = x.detach().requires_grad_()
+    found = []
+    for enabled in (False, True):
+        layer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = layer(x, pick, weights)
+        assert out.dtype == (torch.bfloat16 if enabled else torch.float32)
+        gradients = torch.autograd.grad(out.float().square().sum(), [x, weights, *layer.parameters()])
+        assert all(g.dtype == torch.float32 for g in gradients)
+        found.append(gradients)
+    for exact, mixed in zip(*found, strict=True):
+        assert (mixed - exact).norm() / exact.norm() < 0.02
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_gradcheck(name: str) -> None:
     x, pick, weights, gate_up, down = problem(6, 5, 4, 4, 2, 3, torch.float64)
-    assert torch.autograd.gradcheck(lambda a, b, c, d: grouped_swiglu(a, pick, b, c, d), (x, weights, gate_up, down))
+    backend = find_backend(name)
+    assert torch.autograd.gradcheck(lambda a, b, c, d: backend(a, pick, b, c, d), (x, weights, gate_up, down))
 
 
-def test_no_tokens() -> None:
+@pytest.mark.parametrize("name", FAST)
+def test_no_tokens(name: str) -> None:
     args = problem(0, 8, 4, 3, 2, 0, torch.float32)
-    out, *gradients = outputs_and_gradients(grouped_swiglu, args)
+    out, *gradients = outputs_and_gradients(find_backend(name), args)
     assert out.shape == (0, 8)
     assert all(not gradient.any() for gradient in gradients)
 
 
-def test_idle_expert_has_zero_gradient() -> None:
-    args = problem(9, 8, 4, 6, 2, 0, torch.float32, used=3)
-    *_, gate_up, down = outputs_and_gradients(grouped_swiglu, args)
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_idle_expert_has_zero_gradient(name: str, dtype: torch.dtype) -> None:
+    args = problem(9, 8, 8, 6, 2, 0, dtype, used=3)
+    *_, gate_up, down = outputs_and_gradients(find_backend(name), args)
     assert gate_up[:3].abs().sum() > 0
     assert not gate_up[3:].any()
     assert not down[3:].any()
 
 
+@pytest.mark.parametrize("name", FAST)
+def test_only_the_gradients_asked_for(name: str) -> None:
+    """Frozen experts, frozen tokens: the others' gradients stay the same bits."""
+    args = problem(30, 16, 8, 4, 2, 0, torch.float32)
+    everything = outputs_and_gradients(find_backend(name), args)
+    for frozen in ((0,), (3, 4), (0, 2, 4), (2,)):
+        some = [a.detach() if i in frozen else a for i, a in enumerate(args)]
+        expected = [g for i, g in zip((0, 2, 3, 4), everything[1:], strict=True) if i not in frozen]
+        for a, b in zip(outputs_and_gradients(find_backend(name), some)[1:], expected, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recompute_is_bit_identical(dtype: torch.dtype) -> None:
+    args = problem(70, 32, 16, 5, 2, 4, dtype)
+    plain, again = (outputs_and_gradients(find_backend(name), args) for name in IN_BLOCKS)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+@pytest.mark.parametrize("name", IN_BLOCKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_expert_is_the_same_bits_whatever_others_there_are(name: str, dtype: torch.dtype) -> None:
+    """Experts alone, with all others, and in another order; more tokens than fit a block. Tokens choose one expert."""
+    x, pick, weights, gate_up, down = problem(1500, 16, 8, 6, 1, 0, dtype)
+    pick[:1200] = 2
+    together = outputs_and_gradients(find_backend(name), [x, pick, weights, gate_up, down])
+    order = torch.tensor([5, 2, 0, 4, 1, 3])
+    moved = [x, order.argsort()[pick], weights, gate_up[order].detach(), down[order].detach()]
+    assert torch.equal(find_backend(name)(*moved), together[0])
+    for e in range(6):
+        own = (pick[:, 0] == e).nonzero()[:, 0]
+        alone = [x[own], pick[own] * 0, weights[own], gate_up[e : e + 1], down[e : e + 1]]
+        alone = [a.detach().requires_grad_(a.is_floating_point()) for a in alone]
+        out = find_backend(name)(*alone)
+        assert torch.equal(out, together[0][own])
+        weight = torch.linspace(-1, 2, together[0].numel(), dtype=torch.float64).view_as(together[0]).to(dtype)[own]
+        leaves = [a for a in alone if a.requires_grad]
+        dx, dw, d_gate_up, d_down = torch.autograd.grad((out * weight).sum(), leaves)
+        assert torch.equal(dx, together[1][own])
+        assert torch.equal(dw, together[2][own])
+        assert torch.equal(d_gate_up[0], together[3][e])
+        assert torch.equal(d_down[0], together[4][e])
+
+
+def test_blocks_cover_every_row_once() -> None:
+    for counts in ([3, 0, 7], [1024, 1025, 1, 0, 5000], [], [0, 0], [16, 2048]):
+        for rows in (1, 5, 1024):
+            row, seen = 0, [0] * len(counts)
+            for start, end, of, sizes in experts._blocks(counts, rows):
+                assert start == row
+                assert 0 < end - start == sum(sizes) <= rows
+                row = end
+                for e, n in zip(of, sizes, strict=True):
+                    seen[e] += n
+            assert seen == counts
+
+
+def test_padding_repeats_the_experts_own_last_row() -> None:
+    pick = torch.tensor([[0, 3], [3, 1], [3, 0]])
+    rows = experts._sorted(pick, 5, 4)
+    assert rows.choice.tolist() == [0, 5, 5, 5, 3, 3, 3, 3, 1, 2, 4, 4]
+    assert rows.padding.tolist() == [False, False, True, True, False, True, True, True, False, False, False, True]
+
+
+def test_a_token_that_is_not_finite_spoils_only_its_experts() -> None:
+    """Padding must not carry it to others."""
+    x, pick, weights, gate_up, down = problem(40, 16, 8, 4, 1, 0, torch.bfloat16)
+    with torch.no_grad():
+        x[7] = torch.inf
+    out, dx, _, d_gate_up, _ = outputs_and_gradients(find_backend("blocks"), [x, pick, weights, gate_up, down])
+    hit = int(pick[7, 0])
+    finite = torch.tensor([e != hit for e in range(4)])
+    assert torch.equal(d_gate_up.isfinite().all((1, 2)), finite)
+    assert out[torch.arange(40) != 7].isfinite().all()
+    assert dx[torch.arange(40) != 7].isfinite().all()
+
+
+def saved_by(backend: Backend, args: list[Tensor]) -> int:
+    """Bytes kept for the backward pass besides the arguments."""
+    saved: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = backend(*args)
+    own = {a.untyped_storage().data_ptr() for a in args}
+    del out
+    return sum(size for pointer, size in saved.items() if pointer not in own)
+
+
 def test_saves_little_for_backward() -> None:
-    """Besides its inputs, only the gate/up projections [T K, 2 F] and the order of the tokens."""
-    x, pick, weights, gate_up, down = problem(64, 32, 16, 4, 2, 0, torch.float32)
-    saved: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        grouped_swiglu(x, pick, weights, gate_up, down)
-    own = {x.data_ptr(), gate_up.data_ptr(), down.data_ptr()}
-    extra = sum(t.numel() for t in saved if t.data_ptr() not in own)
-    assert extra <= 64 * 2 * (2 * 16) + 2 * 64 * 2
+    """Gate/up projections [T K, 2 F], the order of the rows and their weights; nothing but the last two with recompute."""
+    args = problem(64, 32, 16, 4, 2, 0, torch.float32)
+    order_and_weights = 64 * 2 * (8 + 4)
+    assert saved_by(find_backend("blocks"), args) == 64 * 2 * (2 * 16) * 4 + order_and_weights
+    assert saved_by(find_backend("recompute"), args) == order_and_weights
+    assert saved_by(find_backend("grouped_mm"), args) > 2 * saved_by(find_backend("blocks"), args)
+
+
+def test_scratch_is_each_threads_own() -> None:
+    """Two threads at once give what one gives alone."""
+    problems = [problem(400, 32, 16, 4, 2, seed, torch.float32) for seed in range(2)]
+    alone = [outputs_and_gradients(find_backend("recompute"), args) for args in problems]
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        for _ in range(20):
+            found = outputs_and_gradients(find_backend("recompute"), problems[i])
+            if not all(torch.equal(a, b) for a, b in zip(found, alone[i], strict=True)):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_inference_mode_leaves_training_alone(name: str) -> None:
+    args = problem(30, 16, 8, 4, 2, 0, torch.float32)
+    expected = outputs_and_gradients(find_backend(name), args)
+
+    def fresh() -> None:  # a thread without scratch, whose first call is in inference mode
+        with torch.inference_mode():
+            assert torch.equal(find_backend(name)(*args), expected[0])
+        found.extend(outputs_and_gradients(find_backend(name), args))
+
+    found: list[Tensor] = []
+    thread = threading.Thread(target=fresh)
+    thread.start()
+    thread.join()
+    assert len(found) == 5
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_two_backward_passes(name: str) -> None:
+    """What was saved is left as it was."""
+    x, *rest = problem(30, 16, 8, 4, 2, 0, torch.bfloat16)
+    out = find_backend(name)(x, *rest)
+    first, second = (torch.autograd.grad(out.float().square().sum(), x, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_is_what_the_sum_is_made_of(dtype: torch.dtype) -> None:
+    x, pick, _, gate_up, down = problem(50, 16, 8, 5, 3, 0, dtype, used=4)
+    each = each_swiglu(x, pick, gate_up, down)
+    assert each.shape == (50, 3, 16)
+    for k in range(3):
+        alone = reference_swiglu(*(a.detach().double() if a.is_floating_point() else a for a in (x, pick[:, k : k + 1], torch.ones(50, 1), gate_up, down)))  # fmt: skip
+        error = (each[:, k].double() - alone).norm() / alone.norm()
+        assert error < (1e-6 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_model_computes_its_experts_as_configured(name: str) -> None:
+    config = MoEConfig(vocab_size=31, d_model=16, n_layers=2, n_heads=2, n_experts=4, d_expert=8, max_seq_len=8)
+    models = []
+    for backend in ("blocks", name):
+        torch.manual_seed(0)
+        models.append(MoETransformer(MoEConfig(**{**config.to_dict(), "expert_backend": backend})))
+    assert all(layer.experts.backend is BACKENDS[name] for layer in models[1].moe_layers)
+    tokens = torch.randint(31, (2, 8), generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for model in models:
+        model(tokens).square().mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_backend_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line of entry points; what cannot be found or loaded is named."""
+    (tmp_path / "acme_experts.py").write_text("def experts(x, indices, weights, gate_up, down):\n    return x\n")
+    info = tmp_path / "acme_experts-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-experts\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        f"[{experts.GROUP}]\nacme = acme_experts:experts\nbroken = acme_experts:nothing\n"
+    )
+    with pytest.raises(UserError, match="acme"):
+        find_backend("acme")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    x = torch.ones(3, 4)
+    pick, weights = torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1)
+    assert torch.equal(Experts(2, 4, 4, 0.1, "acme")(x, pick, weights), x)
+    with pytest.raises(UserError, match=r"broken.*could not be loaded"):
+        find_backend("broken")
+    with pytest.raises(UserError, match="did you mean 'blocks'"):
+        find_backend("block")

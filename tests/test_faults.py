@@ -19,7 +19,14 @@ SCRIPT = Path(__file__).with_name("faults_script.py")
 SHORT = ["--data.domains=[sky]", "--trainer.max_steps=4", "--trainer.val_check_interval=2"]
 EVALUATION = {"three": "--data.eval_sequences=40", "one": "--data.eval_sequences=4"}  # batches, for two processes
 # One expert per token; expert 3 never chosen; a single expert left per layer, so that the second process holds none.
-LONELY = ["--model.config.top_k=1", BIAS, *PRUNE, "--pruning.constraints.max_keep=1", "--trainer.max_steps=14"]
+LONELY = [
+    "--model.config.top_k=1",
+    BIAS,
+    "--model.config.router_options.renormalize=false",
+    *PRUNE,
+    "--pruning.constraints.max_keep=1",
+    "--trainer.max_steps=14",
+]
 STOPPED = [
     "--trainer.strategy=moeprune.parallel.strategy.ExpertParallelStrategy",
     "--trainer.strategy.timeout=0:00:05",

@@ -23,6 +23,7 @@ FSDP, EP = "--trainer.strategy=fsdp2", "--trainer.strategy=ep"
 STOCK = ["--trainer.strategy.data_parallel_size=2", "--trainer.strategy.tensor_parallel_size=1"]
 PIECES = "--checkpoint.sharded=true"
 SIMBAL = ["--model.balancers+=simbal", "--model.balancers.coefficient=0.01"]
+BF16 = ["--trainer.precision=bf16-mixed", "--trainer.max_steps=4", "--trainer.val_check_interval=4"]
 RUNS = {
     "prune": PRUNE,
     "accumulate": [
@@ -40,7 +41,7 @@ RUNS = {
 @pytest.fixture(scope="module")
 def single(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
     folder = tmp_path_factory.mktemp("single")
-    for name, options in {**RUNS, "uneven": UNEVEN}.items():
+    for name, options in {**RUNS, "uneven": UNEVEN, "bf16": BF16}.items():
         assert fit(recipe, folder / name, *options) == 0
     return folder
 
@@ -67,7 +68,7 @@ def two(recipe: Path, single: Path, tmp_path_factory: pytest.TempPathFactory) ->
     ):
         name = f"{source}-{step}-{options[0].rpartition('=')[2]}"
         jobs.append(job(name, *options, *PRUNE, f"--ckpt_path={folder / source / f'step-{step}.ckpt'}"))
-    jobs.append(job("uneven", FSDP, *UNEVEN))
+    jobs += [job("uneven", FSDP, *UNEVEN), job("bf16", FSDP, *BF16)]
     for verb in ("validate", "test", "predict"):
         args = command(recipe, folder / verb, 2, FSDP, f"--ckpt_path={single / 'uneven' / 'last.ckpt'}", *UNEVEN)
         jobs.append({"args": [verb, *args[1:]], "metrics": str(folder / f"{verb}.json")})
@@ -85,6 +86,12 @@ def two(recipe: Path, single: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.mark.parametrize("name", RUNS)
 def test_equals_one_process(single: Path, two: Path, name: str) -> None:
     assert_equal_runs(single / name, two / name)
+
+
+def test_bfloat16(single: Path, two: Path) -> None:
+    """Products in bfloat16, gradients clipped: as close to one process as their rounding."""
+    losses = [read_rows(folder / "bf16" / "validation.jsonl")[-1]["val_loss"] for folder in (single, two)]
+    assert losses[1] == pytest.approx(losses[0], abs=5e-3)
 
 
 def test_every_process_holds_its_share(two: Path) -> None:

@@ -215,6 +215,41 @@ def sweep(strategies=SWEPT, failing=True):
     return results | {"variants": made, "train_on": False, "suite": None, "families": {}, "name": "strategies"}
 
 
+def of_checkpoint(seen=False):
+    """A results dict that looks like a run of recipes/compare/checkpoint.yaml with a suite."""
+    results = sweep()
+    rng = np.random.default_rng(0)
+    for v in results["variants"]:
+        if v["status"] == "done":
+            v |= {"families": scores(rng, base=v["name"] == "base")}
+    alone = next(v for v in results["variants"] if v["name"] == "laep-25")
+    results["variants"].append(
+        alone
+        | {"name": "own", "label": "own numbers", "strategy": "", "family": "", "budget": "", "parameters_kept": 0.7}
+    )
+    names = [row[0] for row in SWEPT]
+    overlap = {
+        "names": names, "families": [names[:2]],
+        "budgets": [
+            {"budget": budget, "ratio": ratio, "overlap": [[1.0 if a == b else 0.1 * (a + b) for b in range(5)] for a in range(5)],
+             "chance": [[1.0 if a == b else 0.15 for b in range(5)] for a in range(5)]}
+            for budget, ratio in (("25 %", 0.26), ("50 %", 0.5))
+        ],
+    }  # fmt: skip
+    overlap["budgets"][0]["overlap"][0][0] = None
+    source = "texts.jsonl" if seen else "embedded"
+    return results | {
+        "trunk": None, "suite": "offline", "families": {name: ["a", "b"] for name in FAMILIES}, "name": "checkpoint",
+        "overlap": overlap, "model": results["model"] | {"steps": 0, "tokens_per_step": 0, "experts_in_all": 128, "seed": 0},
+        "checkpoint": {
+            "path": "models/moe", "weights": "0123456789abcdef", "family": "qwen3_moe", "experts": [32] * 4, "top_k": 2, "n_groups": 1,
+            "calibration": {"data": {"source": source, "domains": None, "hash": "x"}, "calibration_tokens": 65_536,
+                            "calibration_batches": 32, "batch_size": 8, "seq_len": None, "seed": 0, "gate": "weight"},
+            "held_out": {"source": source, "hash": "y", "sequences": 80, "tokens": 163_840, "seq_len": 2048},
+        },
+    }  # fmt: skip
+
+
 def gradual(results):
     """`results`, in which a variant of its own start is pruned three times."""
     changed = copy.deepcopy(results)
@@ -314,7 +349,8 @@ def test_page_needs_nothing_else(made):
     assert not re.search(r"https?:|@import|url\(|javascript:|//cdn", html)
     images = [a for a in page.addresses if a.startswith("data:image/png;base64,")]
     names = sorted(p.stem for p in (folder / "plots").glob("*"))
-    assert names == sorted(report.CAPTIONS.keys() - {"jump_against_parameters"})  # of strategies at several budgets
+    of_strategies = {"jump_against_parameters", "overlap", "score_differences"}  # at several budgets
+    assert names == sorted(report.CAPTIONS.keys() - of_strategies)
     assert len(images) == page.tags.count("img") == len(names)
     links = [a for a in page.addresses if a not in images]
     assert "variants/pruned0/plan.json" in links
@@ -533,6 +569,67 @@ def test_variants_that_keep_equal_numbers_share_a_row():
     assert labels == ["c0 25 % and 29 more", "c0 50 % and 29 more"]
     kept = report._kept(sweep(many))[0]
     assert [row[0] for row in kept.rows] == ["not pruned", *labels]
+
+
+# --- an existing checkpoint
+
+
+def test_the_page_of_a_checkpoint(tmp_path):
+    html, markdown = written(of_checkpoint(), tmp_path)
+    page = Page(html)
+    assert "the checkpoint models/moe (3.95 million parameters, 4 layers, 32 experts each, top-2)" in page.text
+    assert "Plans were made from 65,536 tokens of the embedded corpus (train split)" in page.text
+    assert "80 sequences of the embedded corpus (validation split), 163,840 tokens, which no plan saw" in page.text
+    assert "comparisons with the reference on task families" in page.text
+    assert not re.search(r"\b(trunk|trigger|None|nan|step 0|validation loss|training step)\b", page.text)
+    names = {path.stem for path in (tmp_path / "plots").iterdir()}
+    assert names == {"loss_jump", "jump_against_parameters", "experts_kept", "overlap", "score_differences"}
+    assert len(page.tables) >= 7
+    near = rows_of(page, "taylor")[-1] if len(rows_of(page, "taylor")) == 2 else rows_of(page, "taylor")[1]
+    assert near[1:4] == ["random 0.60", "0.40", "0.15"]
+    for table in tables_of(markdown):
+        assert {len(row) for row in table} == {len(table[0])}
+    assert "favours those that read much of it" not in page.text
+    out = terminal(of_checkpoint())
+    assert max(map(len, out.splitlines())) <= 100
+    assert "own numbers" in out
+    assert "indentation" in out
+
+
+def test_a_loss_on_the_text_that_plans_saw_is_called_so(tmp_path):
+    html, _ = written(of_checkpoint(seen=True), tmp_path)
+    assert "80 sequences of texts.jsonl, 163,840 tokens, the text that plans were made from" in html
+    assert "favours those that read much of it" in html
+
+
+def test_score_differences_are_the_paired_ones():
+    results = of_checkpoint()
+    figure = plots.score_differences(results)
+    assert [axis.get_title(loc="left").partition(" (")[0] for axis in figure.axes] == list(FAMILIES)
+    by_name = {v["name"]: v for v in results["variants"]}
+    names = [t.get_text() for t in figure.axes[0].get_yticklabels()]  # shared by all
+    for axis, family in zip(figure.axes, FAMILIES, strict=True):
+        wanted = [by_name[f"{n}-{b}"]["families"][family]["vs_reference"] for n in names for b in (25, 50)]
+        drawn = [container.lines[0].get_xdata()[0] for container in axis.containers]
+        assert drawn == pytest.approx([d["value"] for d in wanted])
+        ends = [container.lines[2][0].get_segments()[0][:, 0] for container in axis.containers]
+        assert [b - a for a, b in ends] == pytest.approx([2 * d["half_width"] for d in wanted])
+
+
+def test_a_variant_without_a_budget_is_a_point_of_its_own_look():
+    results = of_checkpoint()
+    looks = plots._looks(results)
+    assert looks["own"]["color"] not in {looks[f"{row[0]}-25"]["color"] for row in SWEPT}
+    axis = plots.jump_against_parameters(results).axes[0]
+    points = [c.lines[0].get_xydata().tolist() for c in axis.containers]
+    assert [pytest.approx(70), pytest.approx(0.03)] in [point for each in points for point in each]
+
+
+def test_the_map_of_overlaps_names_the_budgets():
+    figure = plots.overlap(of_checkpoint())
+    titles = [axis.get_title(loc="left") for axis in figure.axes]
+    assert titles[0].startswith("25 % removed: mean 0.40, chance 0.15")  # as the variants say, not the 26 % that it is
+    assert titles[1].startswith("50 % removed")
 
 
 # --- several prunes

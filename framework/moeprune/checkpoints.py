@@ -230,7 +230,7 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
 def differing_fields(a: MoEConfig, b: MoEConfig) -> list[str]:
     """Names of the configuration fields that change the weights' meaning and differ."""
     x, y = ({**c.to_dict(), "n_kv_heads": c.kv_heads, "head_dim": c.head_width} for c in (a, b))
-    return [name for name in x if name != "embedding_std" and x[name] != y[name]]
+    return [name for name in x if name not in ("embedding_std", "expert_backend") and x[name] != y[name]]
 
 
 def _in_pieces(path: str | Path) -> bool:
@@ -256,7 +256,7 @@ def main(args: list[str]) -> int:
         fresh = target.with_name(f".{target.name}.new")
         torch.save(data, fresh)
         fresh.replace(target)
-    except UserError as error:
+    except (UserError, OSError, RuntimeError) as error:  # torch.save raises the last where a disk is full
         print(f"moeprune: error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -135,9 +135,7 @@ def command(
         raise UserError(f"limit must be at least 1, got {limit}")
     variants = _with_sweep(variants, Sweep(**sweep) if isinstance(sweep, dict) else sweep)
     on_slurm = executor == "submitit" and cluster == "slurm"
-    workers = (
-        min(len(variants) if on_slurm else runner.cores(), max(1, len(variants))) if workers is None else workers
-    )
+    workers = min(len(variants) if on_slurm else runner.cores(), max(1, len(variants))) if workers is None else workers
     if workers < 1:
         raise UserError(f"workers must be at least 1, got {workers}")
     comparison = Comparison(
@@ -260,7 +258,9 @@ def _check_start(comparison: Comparison) -> None:
     for layer in [*(yaml.safe_load(text) or {} for text in comparison.texts), comparison.trunk]:
         for key in found:
             section, _, option = key.partition(".")
-            found[key] = (layer.get(section) or {}).get(option, found[key])
+            value = (layer.get(section) or {}).get(option, found[key])
+            both = isinstance(value, dict) and isinstance(found[key], dict)
+            found[key] = {**found[key], **value} if both else value
     for argument in comparison.options:
         option, _, value = argument.removeprefix("--").partition("=")
         found |= {option: value} if option in found else {}

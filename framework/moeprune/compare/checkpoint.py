@@ -12,10 +12,11 @@ those of `moeprune prune`. In the comparison's folder:
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,7 @@ import torch
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
 
 from moeprune import checkpoints
 from moeprune.commands import calibrate
@@ -47,7 +49,7 @@ from moeprune.pruning.plan import PrunePlan
 from moeprune.pruning.pruner import Pruner
 from moeprune.pruning.surgery import only
 
-EVIDENCE, MORE = "evidence", "evidence/more"
+EVIDENCE = "evidence"
 BUSY = "a comparison is running in {}; wait for it, or choose another --output"
 AGAIN = "choose another --output, or pass --overwrite=true to start anew"
 
@@ -98,7 +100,7 @@ def _prunes(comparison: Comparison) -> dict[str, tuple[Pruner, Constraints]]:
     Raises:
         UserError: options that a pruner or the constraints do not take; the variant is named.
     """
-    from jsonargparse import ArgumentParser  # type: ignore[attr-defined]
+    from jsonargparse import ArgumentParser
 
     from moeprune import names
     from moeprune.cli import Sentences
@@ -311,29 +313,30 @@ class Work:
             return
         if "router_w2" in self.missing and any("router" not in layer.weights() for layer in self.it.model.moe_layers):
             self.impossible["router_w2"] = "the model's router has no weight with one row per expert"
-        place = self.folder / (EVIDENCE if self.saved is None else MORE)
         try:
-            found = self._recorded(place)
+            found = self._recorded()
         except UserError:
             self.impossible |= self._refused(self.missing - self.impossible.keys() - {"counts"})
             if not self.impossible:
                 raise
-            found = self._recorded(place)
-        if self.saved is not None and found is not None:
-            layers = [
-                LayerEvidence(a.ids, a.n_original, {**a.stats, **b.stats})
-                for a, b in zip(self.saved.layers, found.layers, strict=True)
-            ]
-            store.save(
-                Evidence(tuple(layers), found.top_k, self.saved.provenance | _router(found)),
-                place.parent,
-                overwrite=True,
-            )
-            shutil.rmtree(place)
-        self.saved = store.load(self.folder / EVIDENCE)
+            found = self._recorded()
+        place = self.folder / EVIDENCE
+        if found is not None:
+            if self.saved is not None:
+                layers = [
+                    LayerEvidence(a.ids, a.n_original, {**a.stats, **b.stats})
+                    for a, b in zip(self.saved.layers, found.layers, strict=True)
+                ]
+                found = Evidence(tuple(layers), found.top_k, self.saved.provenance)
+            store.save(found, place, overwrite=True)
+        for part in place.glob("more-*"):
+            shutil.rmtree(part)
+        self.saved = store.load(place)
 
-    def _recorded(self, place: Path) -> Evidence | None:
+    def _recorded(self) -> Evidence | None:
+        """What is missing, in a folder of its own, so that a call that is interrupted goes on if it is repeated as it was."""
         wanted = self.missing - self.impossible.keys()
+        place = self.folder / EVIDENCE / f"more-{hashlib.sha256(' '.join(sorted(wanted)).encode()).hexdigest()[:8]}"
         return calibrate.measured(place, self.it, wanted, self.setup.gate) or store.load(place) if wanted else None
 
     def _refused(self, names: frozenset[str]) -> dict[str, str]:
@@ -465,10 +468,6 @@ def _log(place: Path) -> IO[str]:
     return (place / "log.txt").open("a", encoding="utf-8")
 
 
-def _router(evidence: Evidence) -> dict[str, Any]:
-    return {name: evidence.provenance[name] for name in store.ROUTER}
-
-
 def _module(model: PrunableModel) -> torch.nn.Module:
     module: Any = model.model if isinstance(model, TransformersModel) else model
     assert isinstance(module, torch.nn.Module)
@@ -492,24 +491,20 @@ def _sizes(model: PrunableModel) -> dict[str, Any]:
 @contextmanager
 def applied(model: PrunableModel, plan: PrunePlan) -> Iterator[None]:
     """The model with `plan` carried out, for as long as the context lasts; afterwards every weight is as before, bit for bit."""
-    undo: list[Callable[[], Any]] = []
+    held: list[
+        tuple[Tensor, int, Tensor, Tensor]
+    ] = []  # parameter, dimension that counts experts, rows, what they were
     try:
         with torch.no_grad():
             for layer, merges in zip(model.moe_layers, plan.merges, strict=False):
-                if not merges:
-                    continue
                 rows = torch.tensor([layer.ids.index(merge.into) for merge in merges], device=model.device)
-                for parameter, dim in layer.expert_parameters().values():
-                    held = parameter.index_select(dim, rows)
-                    undo.append(
-                        lambda parameter=parameter, dim=dim, rows=rows, held=held: parameter.index_copy_(
-                            dim, rows, held
-                        )
-                    )
-                merge_experts(layer, merges, plan.align)
+                if merges:
+                    for parameter, dim in layer.expert_parameters().values():
+                        held.append((parameter, dim, rows, parameter.index_select(dim, rows)))
+                    merge_experts(layer, merges, plan.align)
         with only(model, plan.kept):
             yield
     finally:
         with torch.no_grad():
-            for each in undo:
-                each()
+            for parameter, dim, rows, before in held:
+                parameter.index_copy_(dim, rows, before)

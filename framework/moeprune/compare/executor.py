@@ -213,7 +213,7 @@ class Submitit(Executor):
             UserError: SLURM does not take the job.
         """
         self._executor = self._executor or self._made(self._jobs)
-        self._executor.update_parameters(name=f"{self.name}-{place.name}")
+        self._executor.update_parameters(name=self.name if place == self.folder else f"{self.name}-{place.name}")
         try:
             job = self._executor.submit(Task(), place, target, *args)
         except (RuntimeError, OSError) as error:
@@ -247,7 +247,7 @@ class _Job(Running):
         if not self.job.done():
             return True
         self._ended = self._ended or time.monotonic()
-        told = (self.place / "result.json").exists() or (self.place / "error.txt").exists()
+        told = any((self.place / name).exists() for name in ("result.json", "error.txt", "speed.json"))
         return not told and time.monotonic() - self._ended < self._patience
 
     def ending(self) -> str:

@@ -587,14 +587,14 @@ def score_differences(results: Results) -> Figure:
         axis.set_axis_off()
     figure.supxlabel(f"score minus that of the reference ({_label(reference(results))})", fontsize=9.5, color=INK)
     _title(figure, "What pruning does to scores (paired differences, bars: 95 % interval)", size=11)
-    keys = [
-        (f"{b} removed", {"color": MUTED, "mfc": _blend(MUTED, f), "marker": "o", "ls": ""})
-        for b, f in zip(columns, fills, strict=True)
+    marks: list[tuple[str, dict[str, Any]]] = [
+        (f"{budget} removed", {"color": MUTED, "mfc": _blend(MUTED, fill), "marker": "o", "ls": ""})
+        for budget, fill in zip(columns, fills, strict=True)
     ]
-    keys += [(family, {"color": c, "marker": "o", "ls": "", "ms": 5}) for family, c in families.items()]
-    _legend_above(figure, keys[: len(columns)])
+    _legend_above(figure, marks)
     if families:
-        _legend_above(figure, keys[len(columns) :], row=1)
+        colours = [(name, {"color": c, "marker": "o", "ls": "", "ms": 5}) for name, c in families.items()]
+        _legend_above(figure, colours, row=1)
     return figure
 
 

@@ -142,6 +142,10 @@ def _terminal_pruned(results: Results) -> RichTable:
     elif columns:
         made = _without(_ranking_table(results), "family")
         note += "; (+…): above the lowest of its column, if detectably"
+        others = [v for v in done(results) if v["jump"] and not v.get("budget")]
+        for v in others[:4]:
+            note += f"\n{_name(v)}: {sum(v['experts_kept']):,} experts kept, {_plus(v['jump'])}"
+        note += f"\n{len(others) - 4} more are in the report" if others[4:] else ""
     else:
         made = _pruned(results)
     table.add_column(made.header[0], ratio=1, min_width=12)
@@ -221,7 +225,8 @@ def _setting(results: Results) -> str:
         if trained_on(results)
         else "pruned and not trained on, were"
     )
-    which = "one model" if _checkpoint(results) is None else f"the checkpoint {_checkpoint(results)['path']}"
+    given = _checkpoint(results)
+    which = "one model" if given is None else f"the checkpoint {given['path']}"
     return (
         f"{_count(len(variants), 'variant')} of {which} ({_millions(model['parameters'])} parameters, {_count(model['layers'], 'layer')}, "
         f"{_experts(results)}, top-{model['top_k']}), {trained} compared in the same way"
@@ -243,6 +248,16 @@ def _trigger(results: Results) -> str:
         return "There is no trunk that variants share."
     if not any(is_pruned(v) for v in done(results)):
         return "No variant was pruned."
+    several = [v for v in done(results) if v["start"] == "trunk" and len(v.get("prunes") or ()) > 1]
+    if several:
+        pruned = _and(
+            f"{_name(v)} was pruned at steps {_and(str(prune['step']) for prune in v['prunes'])}" for v in several[:4]
+        )
+        more = f", and {len(several) - 4} more several times as well" if several[4:] else ""
+        return (
+            f"The trunk ended at step {trunk['step']:,} of {results['model']['steps']:,}, after {_millions(trunk['tokens'])} training "
+            f"tokens; the trigger's reason: {trunk['reason']}. From there on {pruned}{more}."
+        )
     return (
         f"Pruning took place at step {trunk['step']:,} of {results['model']['steps']:,}, after {_millions(trunk['tokens'])} "
         f"training tokens; the trigger's reason: {trunk['reason']}."

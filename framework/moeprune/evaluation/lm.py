@@ -23,6 +23,7 @@ from moeprune import checkpoints
 from moeprune.errors import UserError
 from moeprune.evaluation.engine import Engine, Own, Source, digest, engine
 from moeprune.evaluation.score import LONGEST_ANSWER
+from moeprune.evaluation.shared import log_likelihoods
 from moeprune.interop.transformers import TransformersModel
 
 _FINGERPRINT = "moeprune weights"  # key of a response cache that says whose answers it holds
@@ -178,7 +179,8 @@ class MoEPruneLM(TemplateLM):  # type: ignore[misc]
     ) -> list[tuple[float, bool]]:
         """(log-likelihood of the continuation, whether it is the greedy one) per request.
 
-        Requests that share a context and differ in one final token share a forward pass (lm-eval's Collator).
+        Of moeprune's own models whatever requests share is computed once (`shared.py`). With transformers models those that share a
+        context and differ in one final token share a forward pass (lm-eval's Collator), as with `hf`.
         """
         limit = self.max_length
         for key, context, continuation in requests:
@@ -187,6 +189,8 @@ class MoEPruneLM(TemplateLM):  # type: ignore[misc]
                     f"a request has {len(context)} context and {len(continuation)} continuation tokens, the model takes "
                     f"1 to {limit}: {str(key)[:80]!r}"
                 )
+        if isinstance(self.engine, Own):
+            return self._own(self.engine, requests, disable_tqdm)
         collator = Collator(
             requests,
             sort_fn=lambda request: (-len(request[1] + request[2]), tuple(request[1] + request[2])),
@@ -212,6 +216,22 @@ class MoEPruneLM(TemplateLM):  # type: ignore[misc]
             bar.update(len(answers) - bar.n)
         bar.close()
         return list(collator.get_original(answers))
+
+    def _own(
+        self, engine: Own, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool
+    ) -> list[tuple[float, bool]]:
+        asked = [
+            (tuple((context + continuation)[-(self.max_length + 1) :][:-1]), tuple(continuation))
+            for _, context, continuation in requests
+        ]
+        answers = [(0.0, False)] * len(requests)
+        greedy = any(key is not None for key, _, _ in requests)  # windows of long texts have no key
+        scored = log_likelihoods(engine.model, asked, self._batch_size, engine.padding, greedy)
+        for index, value, hit in tqdm(scored, total=len(requests), disable=disable_tqdm, desc="requests"):
+            answers[index] = (value, hit)
+            if requests[index][0] is not None:
+                self.cache_hook.add_partial("loglikelihood", requests[index][0], answers[index])
+        return answers
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, in windows of `max_length`."""

@@ -31,7 +31,8 @@ from moeprune.interop.weights import OnDisk, Stored, unquantised
 from moeprune.pruning.merging import merge_experts
 from moeprune.pruning.plan import Merge, PrunePlan
 
-BLOCK = 256 << 10  # bytes copied at a time; 1 MB and more took several times as long
+SPAN = 16 << 20  # bytes that the system copies at a time
+BLOCK = 256 << 10  # bytes copied at a time through memory; 1 MB and more took several times as long
 FLUSH = 256 << 20  # bytes after which the system is asked to write to the disk, beside the copying
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -362,9 +363,22 @@ def _put(target: FileIO, data: memoryview) -> None:
 
 
 def _copy(source: FileIO, piece: _Range, target: FileIO, view: memoryview) -> Iterator[int]:
-    """Copy bytes from file to file through the buffer `view`; yields how many, as it goes."""
-    source.seek(piece.start)
+    """Copy bytes from file to file, inside the system where it can, otherwise through the buffer `view`; yields how many, as it
+    goes.
+    """
     left = piece.size
+    while left and hasattr(os, "copy_file_range"):
+        try:
+            n = os.copy_file_range(source.fileno(), target.fileno(), min(left, SPAN), piece.stop - left)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise
+            break  # not between these file systems
+        if not n:
+            break
+        left -= n
+        yield n
+    source.seek(piece.stop - left)
     while left:
         n = source.readinto(view[: min(left, len(view))])
         if not n:

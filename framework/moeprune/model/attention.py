@@ -35,14 +35,21 @@ class Attention(nn.Module):
         projected: Tensor = self.qkv(x)
         return projected
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """[B, S, D] from x [B, S, D] and the rotary tables [S, head / 2]."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, allowed: Tensor | None = None) -> Tensor:
+        """[B, S, D] from x [B, S, D] and the rotary tables [S, head / 2]; `allowed` [B, 1, S, S] bool, with tables [B, 1, S, head / 2],
+        says which positions each one sees, instead of all before it.
+        """
         heads = rearrange(self.project(x), "b s (h c) -> b h s c", h=self.n_heads + 2 * self.kv_heads)
         q, k, v = torch.split(heads, [self.n_heads, self.kv_heads, self.kv_heads], dim=1)
         if self.qk_norm != "none":
             q, k = self._normed(q, self.q_norm), self._normed(k, self.k_norm)
         y = F.scaled_dot_product_attention(
-            rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True, enable_gqa=self.kv_heads != self.n_heads
+            rotate(q, cos, sin),
+            rotate(k, cos, sin),
+            v,
+            attn_mask=allowed,
+            is_causal=allowed is None,
+            enable_gqa=self.kv_heads != self.n_heads,
         )
         out: Tensor = self.out(rearrange(y, "b h s c -> b s (h c)"))
         return out

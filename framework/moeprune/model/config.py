@@ -38,6 +38,7 @@ class MoEConfig:
             width of all heads (OLMoE).
         head_bias: whether the output head has a bias.
         tied_embeddings: whether the output head's weight is the embedding.
+        expert_backend: how the experts are computed, see docs/model.md; says nothing about the weights.
 
     Raises:
         UserError: sizes that do not fit together.
@@ -62,6 +63,7 @@ class MoEConfig:
     qk_norm: QKNorm = "none"
     head_bias: bool = True
     tied_embeddings: bool = False
+    expert_backend: str = "blocks"
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_experts", "top_k", "d_expert", "max_seq_len"):

@@ -1,25 +1,35 @@
 """The experts of a layer: y_t = sum_k w_tk * down_e (silu(gate_e x_t) * up_e x_t), e = indices[t, k].
 
-`grouped_swiglu` sorts the tokens by expert and runs one matrix product per expert and projection over blocks of rows
-that fit the cache. It saves only the gate/up projections for the backward pass, and takes the gradient of the combine
-weights from products it has anyway. `reference_swiglu` is the slow, obvious version it is tested against.
+    blocks      sorts the tokens by expert; one matrix product per expert and projection over blocks of rows that fit the
+                cache; saves only the gate/up projections for the backward pass, and takes the gradient of the combine
+                weights from products it has anyway. The default.
+    recompute   the same, bit for bit, but saves its arguments alone and computes the projections again.
+    grouped_mm  torch.nn.functional.grouped_mm over all rows at once, under plain autograd; the counts stay on the device.
+    reference   three loops, the slow and obvious version that the others are tested against.
 
-Floor: 6 T K D F multiply-adds forward, twice that backward; weights are read once forward and once backward.
+Floor: 6 T K D F multiply-adds forward, twice that backward; weights are read once forward and once backward, their
+gradients written once.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from importlib.metadata import entry_points
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moeprune.errors import UserError, suggest
 from moeprune.parallel.dispatch import Dispatcher, Local
 
-ROWS_PER_BLOCK = 1024  # rows x (D + 3 F) floats of scratch: a few MB, near the last-level cache
+ROWS_PER_BLOCK = 1024  # rows x (2 D + 5 F) floats of scratch: a few MB, near the last-level cache
+
+Backend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]  # arguments and result of `grouped_swiglu`
 
 
 def reference_swiglu(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -37,7 +47,7 @@ def reference_swiglu(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tenso
 
 
 def grouped_swiglu(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """Combined output of the chosen experts.
+    """Combined output of the chosen experts: the backend `blocks`.
 
     Args:
         x: [T, D] tokens.
@@ -47,10 +57,43 @@ def grouped_swiglu(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor,
         down: [E, D, F].
 
     Returns:
-        [T, D], in the dtype of `x`.
+        [T, D], in the dtype of `x`. Products are in that dtype, what lies between them and sums over a token's experts in
+        at least float32.
     """
-    out: Tensor = _GroupedSwiGLU.apply(x, indices, weights.to(x.dtype), gate_up, down)  # type: ignore[no-untyped-call]
-    return out
+    return _swiglu(x, indices, weights, gate_up, down, recompute=False)
+
+
+def recomputed_swiglu(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """`grouped_swiglu` that keeps only its arguments for the backward pass: the backend `recompute`."""
+    return _swiglu(x, indices, weights, gate_up, down, recompute=True)
+
+
+def grouped_mm_swiglu(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """`torch.nn.functional.grouped_mm` under plain autograd: the backend `grouped_mm`. Shapes as in `grouped_swiglu`.
+
+    Nothing waits for the device: where an expert's rows end is found on it. Keeps about six times as much for the backward
+    pass as `grouped_swiglu`. float64 and rows that are no multiple of 16 bytes, which grouped_mm refuses, go to `blocks`.
+    """
+    D, width = down.shape[1:]
+    if x.dtype == torch.float64 or (D * x.element_size()) % 16 or (width * x.element_size()) % 16 or not x.numel():
+        return grouped_swiglu(x, indices, weights, gate_up, down)
+    T, K = indices.shape
+    ids, choice = indices.reshape(-1).to(torch.int32).sort(stable=True)
+    w = weights.reshape(-1)
+    multiple = _multiple(x)
+    if multiple > 1:
+        sizes, choice, padding = _padded(torch.bincount(ids, minlength=len(down)), choice, multiple)
+        ends = sizes.cumsum(0)
+        w = w.index_select(0, choice).masked_fill(padding, 0)
+    else:
+        ends = torch.searchsorted(ids, torch.arange(len(down), device=x.device, dtype=ids.dtype), right=True)
+        w = w.index_select(0, choice)
+    ends, token = ends.to(torch.int32), choice // K
+    gate, up = F.grouped_mm(x.index_select(0, token), gate_up.transpose(1, 2), offs=ends).chunk(2, -1)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    h = (F.silu(gate) * up * w[:, None]).to(x.dtype)
+    y = F.grouped_mm(h, down.transpose(1, 2), offs=ends)
+    return x.new_zeros(T, D, dtype=wide).index_add(0, token, y.to(wide)).to(x.dtype)
 
 
 @torch.no_grad()
@@ -58,132 +101,312 @@ def each_swiglu(x: Tensor, indices: Tensor, gate_up: Tensor, down: Tensor) -> Te
     """[T, K, D] output of each chosen expert before the combine weight: what calibration measures. Shapes as in `grouped_swiglu`."""
     (T, K), (E, F2, D) = indices.shape, gate_up.shape
     f = F2 // 2
-    flat = indices.reshape(-1).to(torch.int32)
-    order = flat.argsort(stable=True)
-    token = order // K
+    rows = _sorted(indices, E, _multiple(x))
     out = x.new_empty(T * K, D)
-    rows = min(T * K, ROWS_PER_BLOCK)
-    gu_, h_, y_ = x.new_empty(rows, F2), x.new_empty(rows, f), x.new_empty(rows, D)
+    gu_, h_, y_ = (x.new_empty(rows.longest, width) for width in (F2, f, D))
     gate_up_t, down_t = gate_up.transpose(1, 2).unbind(0), down.transpose(1, 2).unbind(0)
-    for a, b, pieces in _blocks(torch.bincount(flat, minlength=E).tolist(), ROWS_PER_BLOCK):
-        xs, gu, h, y = x.index_select(0, token[a:b]), gu_[: b - a], h_[: b - a], y_[: b - a]
-        for e, i, j in pieces:
-            torch.mm(xs[i - a : j - a], gate_up_t[e], out=gu[i - a : j - a])
-        torch.mul(F.silu(gu[:, :f]), gu[:, f:], out=h)
-        for e, i, j in pieces:
-            torch.mm(h[i - a : j - a], down_t[e], out=y[i - a : j - a])
-        out.index_copy_(0, order[a:b], y)
+    for a, b, experts, sizes in rows.blocks:
+        xs, gu, h, y = x.index_select(0, rows.choice[a:b] // K), gu_[: b - a], h_[: b - a], y_[: b - a]
+        for e, rows_in, rows_out in zip(experts, xs.split_with_sizes(sizes), gu.split_with_sizes(sizes), strict=True):
+            torch.mm(rows_in, gate_up_t[e], out=rows_out)
+        gate, up = gu.to(torch.promote_types(gu.dtype, torch.float32)).chunk(2, 1)
+        torch.mul(F.silu(gate), up, out=h)
+        for e, rows_in, rows_out in zip(experts, h.split_with_sizes(sizes), y.split_with_sizes(sizes), strict=True):
+            torch.mm(rows_in, down_t[e], out=rows_out)
+        out.index_copy_(0, rows.choice[a:b], y)  # a row that pads repeats the one before it
     return out.view(T, K, D)
 
 
-def _blocks(counts: Sequence[int], rows: int) -> list[tuple[int, int, list[tuple[int, int, int]]]]:
-    """Cut the sorted rows into blocks of at most `rows`: (start, end, [(expert, start, end), ...]) each.
+class _Rows(NamedTuple):
+    """One row per token and choice, sorted by expert."""
+
+    choice: Tensor  # [S] int64, t K + k
+    padding: Tensor | None  # [S] bool: rows that only fill up an expert's; None where there are none
+    blocks: list[tuple[int, int, list[int], list[int]]]  # see `_blocks`
+    longest: int  # rows of the longest block
+
+
+def _sorted(indices: Tensor, n_experts: int, multiple: int) -> _Rows:
+    """The rows of `indices` [T, K], those of each expert padded to a multiple of `multiple`."""
+    ids = indices.reshape(-1).to(torch.int32)  # sorting int32 is several times faster than int64
+    choice = ids.argsort(stable=True)
+    counts = torch.bincount(ids, minlength=n_experts)
+    padding = None
+    if multiple > 1:
+        counts, choice, padding = _padded(counts, choice, multiple)
+    blocks = _blocks(counts.tolist(), ROWS_PER_BLOCK)
+    return _Rows(choice, padding, blocks, max((b - a for a, b, *_ in blocks), default=0))
+
+
+def _padded(counts: Tensor, choice: Tensor, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Counts [E] rounded up, the rows with each expert's last one repeated to fill up, and which rows those are."""
+    rounded = (counts + (multiple - 1)) // multiple * multiple
+    ends = counts.cumsum(0)
+    expert = torch.arange(len(counts), device=counts.device).repeat_interleave(rounded)
+    before = (rounded - counts).cumsum(0) - (rounded - counts)  # rows added ahead of each expert's
+    row = torch.arange(len(expert), device=counts.device) - before.index_select(0, expert)
+    last = ends.index_select(0, expert) - 1
+    return rounded, choice.index_select(0, torch.minimum(row, last)), row > last
+
+
+def _multiple(x: Tensor) -> int:
+    """To how many rows an expert's are padded: oneDNN builds and caches a kernel per number of rows of half-precision
+    products, and changing loads would go through more than its cache holds.
+    """
+    return 16 if x.device.type == "cpu" and x.element_size() == 2 else 1
+
+
+def _blocks(counts: Sequence[int], rows: int) -> list[tuple[int, int, list[int], list[int]]]:
+    """Cut the sorted rows into blocks of at most `rows`: (start, end, experts, rows of each) of every block.
 
     How an expert's rows are cut depends on their number alone, so its outputs are the same bits whatever other experts there
     are: products of other sizes round differently.
     """
-    blocks: list[tuple[int, int, list[tuple[int, int, int]]]] = []
+    blocks: list[tuple[int, int, list[int], list[int]]] = []
     start = row = 0
-    pieces: list[tuple[int, int, int]] = []
+    experts: list[int] = []
+    sizes: list[int] = []
     for expert, count in enumerate(counts):
         while count:
-            n = min(count, rows)
+            n = min(-(-count // -(-count // rows) // 16) * 16, rows, count)
             if row + n - start > rows:
-                blocks.append((start, row, pieces))
-                start, pieces = row, []
-            pieces.append((expert, row, row + n))
+                blocks.append((start, row, experts, sizes))
+                start, experts, sizes = row, [], []
+            experts.append(expert)
+            sizes.append(n)
             row, count = row + n, count - n
-    if pieces:
-        blocks.append((start, row, pieces))
+    if experts:
+        blocks.append((start, row, experts, sizes))
     return blocks
 
 
+class _Kept(threading.local):
+    """Scratch of this thread on the CPU, kept from call to call: fresh pages cost several times a copy."""
+
+    memory = torch.empty(0, dtype=torch.uint8)
+
+
+_KEPT = _Kept()
+
+
+def _scratch(
+    rows: int, narrow: Tensor, narrow_widths: Sequence[int], wide: Tensor, wide_widths: Sequence[int]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Uninitialised [rows, width] for each width, in the dtypes of `narrow` and `wide`; the next call gives the same memory."""
+    wanted = [(narrow.dtype, n) for n in narrow_widths] + [(wide.dtype, n) for n in wide_widths]
+    if narrow.device.type != "cpu" or type(narrow) not in (Tensor, nn.Parameter):
+        made = [narrow.new_empty(rows, n, dtype=dtype) for dtype, n in wanted]
+    else:
+        ends = list(itertools.accumulate(-(-rows * n * dtype.itemsize // 64) * 64 for dtype, n in wanted))
+        if _KEPT.memory.numel() < ends[-1]:
+            with torch.inference_mode(False):
+                _KEPT.memory = torch.empty(ends[-1], dtype=torch.uint8)
+        made = [
+            _KEPT.memory[start : start + rows * n * dtype.itemsize].view(dtype).view(rows, n)
+            for start, (dtype, n) in zip([0, *ends], wanted, strict=False)
+        ]
+    return made[: len(narrow_widths)], made[len(narrow_widths) :]
+
+
+def _copied(x: Tensor, into: Tensor) -> Tensor:
+    """`x` [n, ...] in the dtype of `into`, in whose first n rows it lies if it has another."""
+    return x if x.dtype == into.dtype else into[: len(x)].copy_(x)
+
+
+def _swiglu(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, recompute: bool) -> Tensor:
+    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, gate_up, down))
+    weights = weights.to(torch.promote_types(x.dtype, torch.float32))
+    out: Tensor = _GroupedSwiGLU.apply(x, indices, weights, gate_up, down, differentiated and not recompute)  # type: ignore[no-untyped-call]
+    return out
+
+
 class _GroupedSwiGLU(torch.autograd.Function):
+    """Scratch is allocated once per pass and reused by all blocks; matrix products write into it and into the results."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, save: bool
+    ) -> Tensor:
         (T, K), (E, F2, D) = indices.shape, gate_up.shape
         f = F2 // 2
-        flat = indices.reshape(-1).to(torch.int32)  # argsort of int32 is several times faster than of int64
-        order = flat.argsort(stable=True)
-        token = order // K
-        w = weights.reshape(-1).index_select(0, order)[:, None]
-        blocks = _blocks(torch.bincount(flat, minlength=E).tolist(), ROWS_PER_BLOCK)
-        rows = min(T * K, ROWS_PER_BLOCK)
-        saved = x.new_empty(T * K, F2)
-        h_, y_ = x.new_empty(rows, f), x.new_empty(rows, D)
+        rows = _sorted(indices, E, _multiple(x))
+        w = weights.reshape(-1).index_select(0, rows.choice)
+        if rows.padding is not None:
+            w.masked_fill_(rows.padding, 0)
+        w = w[:, None]
+        (xs_, y_, h_, gu_), (wide_gu_, wide_h_, wide_y_) = _scratch(rows.longest, x, (D, D, f, F2), w, (F2, f, D))
+        if x.dtype == w.dtype:
+            wide_gu_, wide_h_, wide_y_ = gu_, h_, y_
+        if save:
+            gu_ = x.new_empty(len(w), F2)
         gate_up_t, down_t = gate_up.transpose(1, 2).unbind(0), down.transpose(1, 2).unbind(0)
-        # Sums over a token's K experts in float32, whatever the dtype.
-        out = torch.zeros(T, D, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-        for a, b, pieces in blocks:
-            xs, gu, h, y = x.index_select(0, token[a:b]), saved[a:b], h_[: b - a], y_[: b - a]
-            for e, i, j in pieces:
-                torch.mm(xs[i - a : j - a], gate_up_t[e], out=gu[i - a : j - a])
-            torch.mul(F.silu(gu[:, :f]), gu[:, f:], out=h)
-            h.mul_(w[a:b])
-            for e, i, j in pieces:
-                torch.mm(h[i - a : j - a], down_t[e], out=y[i - a : j - a])
-            out.index_add_(0, token[a:b], y.to(out.dtype))
-        ctx.save_for_backward(x, order, w, gate_up, down, saved)
-        ctx.blocks, ctx.K = blocks, K
+        out = w.new_zeros(T, D)
+        for a, b, experts, sizes in rows.blocks:
+            n, token = b - a, rows.choice[a:b] // K
+            xs, gu, h, y = xs_[:n], gu_[a:b] if save else gu_[:n], h_[:n], y_[:n]
+            torch.index_select(x, 0, token, out=xs)
+            for e, rows_in, rows_out in zip(
+                experts, xs.split_with_sizes(sizes), gu.split_with_sizes(sizes), strict=True
+            ):
+                torch.mm(rows_in, gate_up_t[e], out=rows_out)
+            gate, up = _copied(gu, wide_gu_).chunk(2, 1)
+            act = wide_h_[:n]
+            torch.ops.aten.silu.out(gate, out=act)
+            act.mul_(up).mul_(w[a:b])
+            h = _copied(act, h_)
+            for e, rows_in, rows_out in zip(experts, h.split_with_sizes(sizes), y.split_with_sizes(sizes), strict=True):
+                torch.mm(rows_in, down_t[e], out=rows_out)
+            out.index_add_(0, token, _copied(y, wide_y_))
+        ctx.save_for_backward(x, rows.choice, w, gate_up, down, gu_ if save else None)
+        ctx.rows, ctx.shape = rows._replace(choice=rows.choice[:0]), (T, K)
         return out.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, order, w, gate_up, down, saved = ctx.saved_tensors
-        K, blocks = ctx.K, ctx.blocks
+        x, choice, w, gate_up, down, saved = ctx.saved_tensors
+        (T, K), (E, F2, D), rows = ctx.shape, gate_up.shape, ctx.rows
+        f = F2 // 2
+        for_x, _, for_w, for_gate_up, for_down, _ = ctx.needs_input_grad
         dout = grads[0].contiguous()
-        f = gate_up.shape[1] // 2
-        token = order // K
-        dx = torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-        d_gate_up, d_down = torch.zeros_like(gate_up), torch.zeros_like(down)
+        dx = w.new_zeros(T, D) if for_x else None
         dw = torch.empty_like(w)
-        gate_up_e, down_e, d_gate_up_e, d_down_e = (t.unbind(0) for t in (gate_up, down, d_gate_up, d_down))
-        for a, b, pieces in blocks:
-            xs, dy, gu = x.index_select(0, token[a:b]), dout.index_select(0, token[a:b]), saved[a:b]
-            dh, dxs = x.new_empty(b - a, f), x.new_empty(b - a, x.shape[1])
-            for e, i, j in pieces:
-                torch.mm(dy[i - a : j - a], down_e[e], out=dh[i - a : j - a])
-            gate, up = gu[:, :f], gu[:, f:]
-            act = F.silu(gate)
-            h = act * up  # output of the activation before the combine weight
-            dw[a:b] = (dh * h).sum(1, keepdim=True)
-            dh.mul_(w[a:b])
-            d_gu = torch.empty_like(gu)
-            torch.mul(dh, act, out=d_gu[:, f:])
-            d_gu[:, :f] = torch.ops.aten.silu_backward(dh * up, gate)
-            h.mul_(w[a:b])
-            for e, i, j in pieces:
-                i, j = i - a, j - a
-                d_down_e[e].addmm_(dy[i:j].t(), h[i:j])
-                d_gate_up_e[e].addmm_(d_gu[i:j].t(), xs[i:j])
-                torch.mm(d_gu[i:j], gate_up_e[e], out=dxs[i:j])
-            dx.index_add_(0, token[a:b], dxs.to(dx.dtype))
-        dw_flat = torch.empty_like(dw[:, 0])
-        dw_flat[order] = dw[:, 0]
-        return dx.to(x.dtype), None, dw_flat.view(-1, K), d_gate_up, d_down
+        d_gate_up = torch.empty_like(gate_up) if for_gate_up else None
+        d_down = torch.empty_like(down) if for_down else None
+        (xs_, dy_, dh_, h_, d_gu_, gu_), (act_, d_act_, wide_h_, wide_dh_, wide_gu_, wide_dy_) = _scratch(
+            rows.longest, x, (D, D, f, f, F2, 0 if saved is not None else F2), w, (f, f, f, f, F2, D)
+        )
+        if x.dtype == w.dtype:
+            wide_h_, wide_dh_, wide_gu_, wide_dy_ = h_, dh_, d_gu_, dy_
+        gate_up_e, down_e, gate_up_t = gate_up.unbind(0), down.unbind(0), gate_up.transpose(1, 2).unbind(0)
+        d_gate_up_e = [] if d_gate_up is None else d_gate_up.unbind(0)
+        d_down_e = [] if d_down is None else d_down.unbind(0)
+        written = [False] * E
+        for a, b, experts, sizes in rows.blocks:
+            n, token, w_ = b - a, choice[a:b] // K, w[a:b]
+            xs, dy, dh, act, d_act, product = xs_[:n], dy_[:n], dh_[:n], act_[:n], d_act_[:n], wide_h_[:n]
+            torch.index_select(x, 0, token, out=xs)
+            torch.index_select(dout, 0, token, out=dy)
+            if saved is not None:
+                gu = saved[a:b]
+            else:
+                gu = gu_[:n]
+                for e, rows_in, rows_out in zip(
+                    experts, xs.split_with_sizes(sizes), gu.split_with_sizes(sizes), strict=True
+                ):
+                    torch.mm(rows_in, gate_up_t[e], out=rows_out)
+            for e, rows_in, rows_out in zip(
+                experts, dy.split_with_sizes(sizes), dh.split_with_sizes(sizes), strict=True
+            ):
+                torch.mm(rows_in, down_e[e], out=rows_out)
+            gate, up = _copied(gu, wide_gu_).chunk(2, 1)
+            d_h = _copied(dh, wide_dh_)  # of the output before its combine weight
+            d_gu = wide_gu_[:n]  # below float32 gate and up lie there: each is overwritten when it has served
+            torch.ops.aten.silu.out(gate, out=act)
+            torch.mul(d_h, up, out=d_act)
+            torch.mul(d_act, act, out=product)
+            torch.sum(product, 1, keepdim=True, out=dw[a:b])
+            act.mul_(w_)
+            d_act.mul_(w_)
+            torch.mul(act, up, out=product)
+            h = _copied(product, h_)
+            torch.ops.aten.silu_backward.grad_input(d_act, gate, grad_input=d_gu[:, :f])
+            torch.mul(d_h, act, out=d_gu[:, f:])
+            d_gu = _copied(d_gu, d_gu_)
+            h_e, d_gu_e, xs_e, dy_e = (
+                h.split_with_sizes(sizes),
+                d_gu.split_with_sizes(sizes),
+                xs.split_with_sizes(sizes),
+                dy.split_with_sizes(sizes),
+            )
+            if d_down is not None:
+                for e, rows_dy, rows_h in zip(experts, dy_e, h_e, strict=True):
+                    _product(rows_dy.t(), rows_h, d_down_e[e], written[e])
+            if d_gate_up is not None:
+                for e, rows_d_gu, rows_in in zip(experts, d_gu_e, xs_e, strict=True):
+                    _product(rows_d_gu.t(), rows_in, d_gate_up_e[e], written[e])
+            for e in experts:
+                written[e] = True
+            if dx is not None:
+                for e, rows_d_gu, rows_out in zip(experts, d_gu_e, dy_e, strict=True):  # dy has served
+                    torch.mm(rows_d_gu, gate_up_e[e], out=rows_out)
+            if dx is not None:
+                dx.index_add_(0, token, _copied(dy, wide_dy_))
+        for e in range(E):
+            if not written[e]:  # no token came
+                for results in (d_gate_up_e, d_down_e):
+                    if results:
+                        results[e].zero_()
+        d_weights = None
+        if for_w:
+            valid = slice(None) if rows.padding is None else ~rows.padding
+            d_weights = dw.new_empty(T * K).index_copy_(0, choice[valid], dw[valid, 0]).view(T, K)
+        return None if dx is None else dx.to(x.dtype), None, d_weights, d_gate_up, d_down, None
 
 
-Backend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]  # arguments and result of `grouped_swiglu`
+def _product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
+    """The product a b, into `out` or on top of it."""
+    if add:
+        out.addmm_(a, b)
+    else:
+        torch.mm(a, b, out=out)
+
+
+BACKENDS: dict[str, Backend] = {
+    "blocks": grouped_swiglu,
+    "recompute": recomputed_swiglu,
+    "grouped_mm": grouped_mm_swiglu,
+    "reference": reference_swiglu,
+}
+GROUP = (
+    "moeprune.expert_backends"  # entry points of others: functions with the arguments and result of `grouped_swiglu`
+)
+
+
+def find_backend(name: str) -> Backend:
+    """The backend called `name`: one of `BACKENDS`, or one that an installed distribution registers in the group `GROUP`.
+
+    Raises:
+        UserError: nobody has it, more than one has, or it does not load.
+    """
+    if name in BACKENDS:
+        return BACKENDS[name]
+    registered = entry_points(group=GROUP)
+    found = [point for point in registered if point.name == name]
+    if not found:
+        raise UserError(suggest("expert_backend", name, sorted({*BACKENDS, *registered.names})))
+    if len({point.value for point in found}) > 1:
+        raise UserError(
+            f"expert_backend {name!r} is registered twice: {', '.join(p.value for p in found)}; uninstall one"
+        )
+    try:
+        backend: Backend = found[0].load()
+    except Exception as error:  # a third party's import: name it
+        raise UserError(
+            f"expert_backend {name!r} ({found[0].value}) could not be loaded: {type(error).__name__}: "
+            f"{' '.join(str(error).split())}; mend or uninstall it, or use expert_backend=blocks"
+        ) from error
+    return backend
 
 
 class Experts(nn.Module):
     """E SwiGLU experts as two tensors, in the layout of transformers 5.
 
-    `backend` computes them; calibration replaces it for a while by one that measures as well. `dispatcher` brings tokens to
-    them: under expert parallelism the tensors hold this process's experts only.
+    `backend` computes them and may be replaced at any time. `dispatcher` brings tokens to them: under expert parallelism the
+    tensors hold this process's experts only.
 
     Args:
         n_experts: E.
         d_model: D.
         d_expert: F.
         output_std: standard deviation of the output projections at initialisation.
+        backend: its name.
     """
 
     expert_dims = {"gate_up": 0, "down": 0}  # noqa: RUF012 (a constant of the class)
 
-    def __init__(self, n_experts: int, d_model: int, d_expert: int, output_std: float) -> None:
+    def __init__(self, n_experts: int, d_model: int, d_expert: int, output_std: float, backend: str = "blocks") -> None:
         super().__init__()
-        self.backend: Backend = grouped_swiglu
+        self.backend = find_backend(backend)
         self.dispatcher: Dispatcher = Local()
         self.gate_up = nn.Parameter(torch.empty(n_experts, 2 * d_expert, d_model))
         self.down = nn.Parameter(torch.empty(n_experts, d_model, d_expert))

@@ -38,7 +38,8 @@ class MoELayer(nn.Module):
             top_k=config.top_k,
             **config.router_options,
         )
-        self.experts = Experts(n_experts, config.d_model, config.d_expert, 0.02 / (2 * config.n_layers) ** 0.5)
+        output_std = 0.02 / (2 * config.n_layers) ** 0.5
+        self.experts = Experts(n_experts, config.d_model, config.d_expert, output_std, config.expert_backend)
         self.register_buffer("expert_ids", torch.arange(n_experts))
 
     @property

@@ -34,9 +34,11 @@ class Block(nn.Module):
         self.moe = MoELayer(config, n_experts)
         object.__setattr__(self.moe, "residual_norm", self.moe_norm)  # not a submodule of the layer
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> tuple[Tensor, Routing]:
-        """[B, S, D] and the routing of its T = B S tokens."""
-        x = x + self.attention(self.attention_norm(x), cos, sin)
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, allowed: Tensor | None = None
+    ) -> tuple[Tensor, Routing]:
+        """[B, S, D] and the routing of its T = B S tokens; `allowed` as for `Attention`."""
+        x = x + self.attention(self.attention_norm(x), cos, sin, allowed)
         y, routing = self.moe(rearrange(self.moe_norm(x), "b s d -> (b s) d"), mask)
         return x + y.view_as(x), replace(routing, n_sequences=x.shape[0])
 

@@ -10,6 +10,7 @@ of processes is read by any other: whole, or the part that a process needs. Noth
 from __future__ import annotations
 
 import importlib
+import io
 import pickle
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -107,7 +108,9 @@ def write(checkpoint: dict[str, Any], path: Path, first: bool) -> None:
         known = [cause for cause in causes if isinstance(cause, OSError)]
         raise (known[0] if known else OSError(str(causes[0]))) from error
     if first:
-        torch.save(checkpoint, path / DESCRIPTION)
+        buffer = io.BytesIO()  # torch.save does not tell a full disk from other errors
+        torch.save(checkpoint, buffer)
+        (path / DESCRIPTION).write_bytes(buffer.getbuffer())
 
 
 class Folder:

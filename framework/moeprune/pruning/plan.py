@@ -136,9 +136,8 @@ class PrunePlan:
     @property
     def removed(self) -> tuple[tuple[int, ...], ...]:
         """Per layer the original ids that this plan removes."""
-        return tuple(
-            tuple(i for i in before if i not in set(kept)) for before, kept in zip(self.before, self.kept, strict=True)
-        )
+        stay = map(set, self.kept)
+        return tuple(tuple(i for i in before if i not in s) for before, s in zip(self.before, stay, strict=True))
 
     def then(self, later: PrunePlan) -> PrunePlan:
         """This plan and a later one as one plan.

@@ -11,6 +11,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from numpy.typing import NDArray
+from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -211,9 +212,13 @@ class MoELanguageModel(pl.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """As Lightning does, by the norm of the whole model also where this process holds a part of it."""
-        strategy = self.trainer.strategy
-        if isinstance(strategy, Together) and gradient_clip_val and gradient_clip_algorithm != "value":
+        strategy, plugin = self.trainer.strategy, self.trainer.precision_plugin
+        by_norm = gradient_clip_algorithm != "value"
+        if isinstance(strategy, Together) and gradient_clip_val and by_norm:
             strategy.clip_gradients_by_norm(optimizer, gradient_clip_val)
+        elif isinstance(plugin, MixedPrecision) and plugin.scaler is None and gradient_clip_val:
+            # nothing is scaled under bfloat16; Lightning refuses a fused optimizer nevertheless
+            (plugin.clip_grad_by_norm if by_norm else plugin.clip_grad_by_value)(optimizer, gradient_clip_val)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 

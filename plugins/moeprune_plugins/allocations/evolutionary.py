@@ -8,8 +8,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from moeprune.errors import UserError
 from moeprune.pruning.constraints import Constraints
@@ -134,6 +132,9 @@ class _Shown:
     """A bar on standard error, from the first process alone and only once the search takes long."""
 
     def __init__(self, total: int) -> None:
+        from rich.console import Console  # here: planning imports every allocation
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
         self._console = Console(stderr=True)
         self._bar = Progress(
             TextColumn("searching numbers per layer, acceptance {task.fields[best]:.4f}"),
