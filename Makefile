@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup quickstart test test-all check format clean
+.PHONY: help setup quickstart test test-all bench check format clean
 
 help:  ## what there is
 	@sed -n 's/^\([a-z-]*\): .*## /  make \1	/p' Makefile
@@ -28,6 +28,9 @@ test: setup  ## the tests that take less than half a minute each
 
 test-all: setup  ## all tests, the quick start itself among them
 	$(RUN) pytest
+
+bench: setup  ## the benchmarks at their small settings, under ten minutes: benchmarks/results.md
+	OMP_NUM_THREADS=1 .venv/bin/python benchmarks/bench.py
 
 check: setup  ## lint, format, types
 	$(RUN) ruff check .

@@ -5,7 +5,7 @@
 The requests of the offline suite (`--limit` documents per task: all; 12 with --quick) are built once. A model of the quick start's
 size with the quick start's tokenizer, random weights, is scored as moeprune's own, and, exported by `moeprune export`, as a stock
 Qwen3-MoE through lm-eval's `hf` with the same batch size. Floor: one forward pass over every distinct token in its context, and the
-output head where an answer is asked for; the last column's tokens say how far it is from that. CPU seconds of one thread, tokenizing
+output head where an answer is asked for. CPU seconds of one thread, tokenizing
 included, calls in random turns; the ratio is hf's time over ours, target at least 1.2. Every answer is compared: log-likelihoods that
 differ by more than 1e-4 of their size stop the script.
 """
@@ -14,11 +14,14 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
 import tempfile
 import types
 from pathlib import Path
 from typing import Any
+
+os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported; hf shows a bar for every text otherwise
 
 import torch
 from bench import arguments, interleave, ratios, report, row

@@ -1,12 +1,13 @@
 """What pruning and rearranging are worth under expert parallelism, measured on 2 and 4 processes beside what the simulator predicts.
 
-    python benchmarks/expert_parallel.py [--output runs/expert_parallel] [--rounds 20] [--worlds 2 4] [--dry]
+    python benchmarks/expert_parallel.py [--output runs/expert_parallel] [--rounds 16] [--worlds 2 4] [--dry]
     python benchmarks/expert_parallel.py --table                    # table and plot again from benchmarks/expert_parallel.json
 
-About four minutes on two idle cores. Writes benchmarks/expert_parallel.json, the table in docs/throughput.md and
+Under five minutes on two idle cores. Writes benchmarks/expert_parallel.json, the table in docs/throughput.md and
 docs/images/expert_parallel.png; with --dry, results.json and the plot in --output alone.
 
-Two trunks are trained first and kept in --output: recipes/quickstart.yaml up to step 300, and the same with the Switch loss.
+Two trunks are trained first and kept in --output: recipes/quickstart.yaml with experts of width 256 (instead of 64, so that experts
+are about half of a step), up to step 300, and the same with the Switch loss.
 LAEP (beta 0.1, numbers that divide by the number of processes) plans from the first trunk's last two load windows, and
 placements see the same windows. Then, in the same gloo processes and all side by side:
 
@@ -254,17 +255,19 @@ def work(rank: int, world: int, port: str, job: dict[str, Any]) -> None:
 # --- trunks, layouts, the fit
 
 
-def train_trunks(output: Path, steps: int) -> None:
+def train_trunks(output: Path, steps: int, width: int) -> None:
     """Both at once; those that are there already are kept."""
     running = []
     for name, options in TRUNKS.items():
         if (output / name / "trunk.ckpt").exists():
-            if checkpoints.read(output / name / "trunk.ckpt").step != steps:
-                raise SystemExit(f"{output / name} holds a trunk of other length; choose another --output")
+            there = checkpoints.read(output / name / "trunk.ckpt")
+            if (there.step, there.config.d_expert) != (steps, width):
+                raise SystemExit(f"{output / name} holds a trunk of other length or width; choose another --output")
             continue
         arguments = [
             f"--config={ROOT / 'recipes' / 'quickstart.yaml'}",
             f"--trainer.default_root_dir={output / name}",
+            f"--model.config.d_expert={width}",
             "--pruning.trigger=at_step",
             f"--pruning.trigger.step={steps}",
             "--pruning.stop=true",
@@ -561,9 +564,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "expert_parallel")
     parser.add_argument("--worlds", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--sequences", type=int, default=16, help="of 128 tokens per step, over all processes")
+    parser.add_argument("--rounds", type=int, default=16)
+    parser.add_argument("--sequences", type=int, default=8, help="of 128 tokens per step, over all processes")
     parser.add_argument("--steps", type=int, default=300, help="of the trunks")
+    parser.add_argument("--width", type=int, default=256, help="of an expert")
     parser.add_argument("--dry", action="store_true", help="write into --output alone")
     parser.add_argument("--table", action="store_true", help="from the last result")
     args = parser.parse_args()
@@ -574,11 +578,11 @@ def main() -> None:
         if args.sequences % (2 * world):
             raise SystemExit(f"--sequences={args.sequences} does not divide by 2 x {world} processes")
     args.output.mkdir(parents=True, exist_ok=True)
-    train_trunks(args.output, args.steps)
+    train_trunks(args.output, args.steps, args.width)
     result = {
         "versions": {"moeprune": __version__, "torch": torch.__version__},
         "cores": len(os.sched_getaffinity(0)),
-        "trunk": {"recipe": "quickstart", "steps": args.steps},
+        "trunk": {"recipe": "quickstart", "steps": args.steps, "d_expert": args.width},
         "worlds": [measure(world, args.output, args.rounds, args.sequences) for world in args.worlds],
     }
     for found in result["worlds"]:

@@ -29,7 +29,7 @@ from moeprune.pruning import store
 from moeprune.pruning.constraints import Constraints
 from moeprune.pruning.evidence import Evidence, LayerEvidence
 
-LAYERS, EXPERTS = 94, 128
+EXPERTS = 128
 PLAN, START = 0.2, 1.0
 STATISTICS = [
     *(f"g{a}f{b}" for a in range(3) for b in range(3)),
@@ -38,11 +38,11 @@ STATISTICS = [
 CLI = "import sys; from moeprune.cli import main; code = main(sys.argv[1:]); sys.exit(3 if 'torch' in sys.modules else code)"
 
 
-def evidence() -> Evidence:
+def evidence(n_layers: int) -> Evidence:
     """Random, of the shapes that calibration gives; mean_f of width 64."""
     rng = np.random.default_rng(0)
     layers = []
-    for _ in range(LAYERS):
+    for _ in range(n_layers):
         stats: dict[str, Any] = {name: rng.lognormal(size=EXPERTS) for name in STATISTICS}
         stats |= {name: rng.lognormal(size=(EXPERTS, 3)) for name in ("w1", "w2", "w_n")}
         gram = rng.normal(size=(EXPERTS, 300))
@@ -52,10 +52,10 @@ def evidence() -> Evidence:
     return Evidence(tuple(layers), 8, {"step": 0})
 
 
-def pruners() -> dict[str, Any]:
+def pruners(n_layers: int) -> dict[str, Any]:
     """Every criterion with every allocation, and the other pruners."""
     laep = registry.create("pruner", "laep", beta=0.5)
-    options = {"match": {"pruner": laep}, "explicit": {"n_kept": [EXPERTS // 2] * LAYERS}}
+    options = {"match": {"pruner": laep}, "explicit": {"n_kept": [EXPERTS // 2] * n_layers}}
     found: dict[str, Any] = {"laep": laep}
     for criterion in registry.entries("criterion"):
         for allocation in registry.entries("allocation"):
@@ -72,13 +72,15 @@ def pruners() -> dict[str, Any]:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--rounds", type=int, help="7, or 3 with --quick")
+    parser.add_argument("--layers", type=int, default=94)
     options = parser.parse_args()
+    shape = f"{options.layers} x {EXPERTS}"
     rounds = options.rounds or (3 if options.quick else 7)
     rows, medians, merging = [], {}, {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "evidence"
-        store.save(evidence(), folder)
-        for name, pruner in pruners().items():
+        store.save(evidence(options.layers), folder)
+        for name, pruner in pruners(options.layers).items():
             times = []
             for _ in range(rounds):
                 began = time.perf_counter()
@@ -89,19 +91,19 @@ def main() -> None:
                 times.append(time.perf_counter() - began)
             (merging if name in ("m_smoe", "hc_smoe") else medians)[name] = quartiles(times)[1]
         slowest = max(medians, key=medians.__getitem__)
-        found = row("planning 94 x 128 from saved evidence", f"slowest of {len(medians)}: {slowest}", [0], PLAN, "seconds")
+        found = row(f"planning {shape} from saved evidence", f"slowest of {len(medians)}: {slowest}", [0], PLAN, "seconds")
         q1, _, q3 = quartiles(list(medians.values()))
         rows.append({**found, "seconds": medians[slowest], "q1": q1, "q3": q3, "met": medians[slowest] <= PLAN})
-        rows += [row("planning 94 x 128, merging", name, [seconds], None, "seconds") for name, seconds in merging.items()]
+        rows += [row(f"planning {shape}, merging", name, [seconds], None, "seconds") for name, seconds in merging.items()]
         counts = Path(scratch) / "counts.json"
-        counts.write_text(json.dumps(np.random.default_rng(0).integers(1, 10**6, (LAYERS, EXPERTS)).tolist()))
+        counts.write_text(json.dumps(np.random.default_rng(0).integers(1, 10**6, (options.layers, EXPERTS)).tolist()))
         starts = {
             "python alone": ["-c", "pass"],
             "--help": ["-c", CLI, "--help"],
             "plugins": ["-c", CLI, "plugins"],
             "plan --help": ["-c", CLI, "plan", "--help"],
-            "plan --counts (94 x 128)": ["-c", CLI, "plan", "--pruner=laep", f"--counts={counts}", "--top_k=8"],
-            "plan --evidence (94 x 128)": ["-c", CLI, "plan", "--pruner=reap", f"--evidence={folder}"],
+            f"plan --counts ({shape})": ["-c", CLI, "plan", "--pruner=laep", f"--counts={counts}", "--top_k=8"],
+            f"plan --evidence ({shape})": ["-c", CLI, "plan", "--pruner=reap", f"--evidence={folder}"],
         }
         for name, call in starts.items():
             times = []

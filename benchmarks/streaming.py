@@ -1,18 +1,20 @@
 """Pruning a checkpoint on disk against copying as many bytes as are kept, and its memory.
 
-    python benchmarks/streaming.py [--gigabytes 1] [--shard-mb 500] [--rounds 5] [--folder /tmp]
+    python benchmarks/streaming.py [--gigabytes 4] [--shard-mb 500] [--rounds 5] [--folder /tmp] [--quick] [--json PATH]
 
-A Qwen3-MoE checkpoint of random bfloat16 (64 experts of three 1 MB matrices per layer) is written once, and beside it one with
-three quarters of the experts. Every round, in random order: `prune_streaming` of a quarter of the experts of the first, in a
-process of its own, its libraries imported; `cp` of the second; `cp` and then `sync` of the copied files, which is what pruning
-does as well: it does not return before its output is on the disk. The system's dirty pages are written out before every
-measurement; the sources are in its cache. Floor: every kept byte read once and written once, nothing else. Printed: medians
-with quartiles, in seconds and over those of both copies; peak resident memory of the pruning process, all libraries included.
+(3 min and 7 GB of disk; 1 GB in 45 s with --quick.) A Qwen3-MoE checkpoint of random bfloat16 (64 experts of three 1 MB matrices per
+layer) is written once, and beside it one with three quarters of the experts. Every round, in random order: `prune_streaming` of a
+quarter of the experts of the first, in a process of its own, its libraries imported and Python's garbage from that collected; `cp` of
+the second; `cp` and then `sync` of the copied files, which is what pruning does as well: it does not return before its output is on
+the disk. The system's dirty pages are written out before every measurement; the sources are in its cache. Wall seconds, ratios round
+by round. Floor: every kept byte read once and written once, nothing else. Targets: 1.5 x the copy, peak resident memory of the
+pruning process, all libraries included, below two shards.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import json
 import os
@@ -25,9 +27,9 @@ import time
 from pathlib import Path
 
 import torch
+from bench import arguments, quartiles, ratios, report, row
 from safetensors.torch import save_file
 
-from moeprune.compare.results import quartiles
 from moeprune.interop.streaming import prune_streaming
 from moeprune.interop.transformers import on_meta
 from moeprune.interop.weights import OnDisk
@@ -84,6 +86,8 @@ def prune(source: Path, output: Path, shard: int) -> None:
     """What the process of its own does; prints one line of JSON."""
     importlib.import_module("transformers.models.qwen3_moe.modeling_qwen3_moe")
     importlib.import_module("transformers.models.auto.modeling_auto")
+    gc.collect()
+    gc.freeze()
     os.sync()
     began = time.perf_counter()
     disk = OnDisk(source)
@@ -101,49 +105,52 @@ def prune(source: Path, output: Path, shard: int) -> None:
 
 def main() -> None:
     """Write, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--gigabytes", type=float, default=1)
+    parser = arguments(__doc__)
+    parser.add_argument("--gigabytes", type=float, help="4, or 1 with --quick")
     parser.add_argument("--shard-mb", type=int, default=500)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--prune", nargs=2, type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    shard = args.shard_mb * 10**6
-    if args.prune:
-        prune(*args.prune, shard)
+    options = parser.parse_args()
+    shard = options.shard_mb * 10**6
+    if options.prune:
+        prune(*options.prune, shard)
         return
-    with tempfile.TemporaryDirectory(dir=args.folder, prefix="streaming-") as scratch:
+    gigabytes = options.gigabytes or (1 if options.quick else 4)
+    with tempfile.TemporaryDirectory(dir=options.folder, prefix="streaming-") as scratch:
         source, output, kept = (Path(scratch) / name for name in ("source", "pruned", "kept"))
-        n_layers = max(1, round(args.gigabytes * 1e9 / LAYER))
+        n_layers = max(1, round(gigabytes * 1e9 / LAYER))
         write(source, n_layers, EXPERTS, shard)
         write(kept, n_layers, EXPERTS * 3 // 4, shard)
-        call = [sys.executable, __file__, f"--shard-mb={args.shard_mb}", "--prune", str(source)]
-        rows: dict[str, list[float]] = {"cp": [], "cp, sync": [], "prune": [], "  of it, finding tensors": []}
-        peaks, found = [], {}
-        for _ in range(args.rounds):
-            for what in random.sample(["cp", "cp, sync", "prune"], 3):
+        call = [sys.executable, __file__, f"--shard-mb={options.shard_mb}", "--prune", str(source)]
+        seconds: dict[str, list[float]] = {"cp": [], "cp, sync": [], "prune": []}
+        peaks, opened, found = [], [], {}
+        for _ in range(options.rounds):
+            for what in random.sample(list(seconds), 3):
                 os.sync()
                 began = time.perf_counter()
                 if what == "prune":
                     ran = subprocess.run([*call, str(output)], check=True, capture_output=True, text=True)
                     found = json.loads(ran.stdout)
-                    rows[what].append(found["seconds"])
-                    rows["  of it, finding tensors"].append(found["open"])
+                    seconds[what].append(found["seconds"])
+                    opened.append(found["open"])
                     peaks.append(found["peak"])
                 else:
                     subprocess.run(["cp", "-r", str(kept), str(output)], check=True)
                     if what == "cp, sync":
                         subprocess.run(["sync", *map(str, output.iterdir())], check=True)
-                    rows[what].append(time.perf_counter() - began)
+                    seconds[what].append(time.perf_counter() - began)
                 shutil.rmtree(output)
-        base, durable = (quartiles(rows[what])["median"] for what in ("cp", "cp, sync"))
-        print(f"floor: {found['read'] / 1e9:.2f} GB read, {found['written'] / 1e9:.2f} GB written")
-        for what, seconds in rows.items():
-            q = quartiles(seconds)
-            ratios = f"{q['median'] / base:5.2f} x cp {q['median'] / durable:5.2f} x cp, sync"
-            print(f"{what:<23} {q['median']:6.2f} s [{q['q1']:.2f}, {q['q3']:.2f}]  {ratios}")
-        peak = max(peaks)
-        print(f"peak memory             {peak / 1e9:6.2f} GB               {peak / shard:5.2f} x shard")
+    case = f"{found['read'] / 1e9:.1f} GB kept of {n_layers * LAYER / 1e9:.1f} GB"
+    over = {what: ratios(seconds["prune"], seconds[what]) for what in ("cp", "cp, sync")}
+    rows = [
+        row("streaming surgery / cp and sync", case, over["cp, sync"], 1.5),
+        row("streaming surgery / cp into the page cache", case, over["cp"], 1.5),
+        row("streaming surgery, peak memory / shard", f"{case}, shards of {options.shard_mb} MB", [p / shard for p in peaks], 2),
+        row("streaming surgery", f"{case}; {quartiles(opened)[1]:.2f} s of it finding tensors", seconds["prune"], None, "seconds"),
+    ]
+    rows += [row(what, case, seconds[what], None, "seconds") for what in over]
+    report(rows, options)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ from torch.distributed.checkpoint import FileSystemWriter
 
 from moeprune.errors import UserError
 from moeprune.parallel import pieces
-from moeprune.parallel.fsdp import FullyShardedStrategy, local
+from moeprune.parallel.fsdp import FullyShardedStrategy
+from moeprune.parallel.together import local
 from moeprune.training import callbacks, expert_pruning
 from moeprune.training.cli import run
 
@@ -46,6 +47,7 @@ def shares(trainer: pl.Trainer) -> list[int]:
     strategy: Any = trainer.strategy
     assert isinstance(strategy, FullyShardedStrategy)
     strategy.reshard()
+    assert not trainer.fit_loop.epoch_loop.val_loop.inference_mode  # gloo has none anyway
     parameters = [*strategy.lightning_module.transformer.parameters()]
     (optimizer,) = strategy.optimizers
     assert {p for group in optimizer.param_groups for p in group["params"]} == set(parameters)

@@ -571,6 +571,10 @@ def test_another_checkpoint_and_other_text(
     comparison["variants"] = {"laep": COMPARISON["variants"]["laep"]}
     assert compare(place, comparison, place / "glm", finished) == 2
     assert "of another checkpoint (sha256" in capsys.readouterr().err
+    shutil.copytree(finished / "evidence", tmp_path / "half" / "evidence")  # of a call that was interrupted there
+    shutil.copy(finished / "comparison.json", tmp_path / "half")
+    assert compare(place, comparison, place / "glm", tmp_path / "half") == 2
+    assert "of another checkpoint (sha256" in capsys.readouterr().err
     held = (place / "held.jsonl").read_text()
     (place / "held.jsonl").write_text(held.replace("A", "B"))
     try:

@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 import torch
 from families import build
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -27,9 +29,11 @@ from moeprune.checkpoints import Checkpoint
 from moeprune.cli import main
 from moeprune.compare.results import difference
 from moeprune.errors import UserError
+from moeprune.evaluation import shared
 from moeprune.evaluation.lm import MoEPruneLM
 from moeprune.evaluation.paired import paired
 from moeprune.evaluation.score import headline, save, score
+from moeprune.evaluation.shared import LEAST_SAVED, log_likelihoods, packed, passes
 from moeprune.interop.checkpoint import export, load
 from moeprune.interop.transformers import TransformersModel
 from moeprune.model.config import MoEConfig
@@ -192,6 +196,98 @@ def test_own_checkpoints_refuse_what_they_cannot_do(checkpoint: Checkpoint) -> N
         lm.generate_until(requests("generate_until", ("sun", {"max_gen_toks": 4, "do_sample": True, "temperature": 1})))
     with pytest.raises(UserError, match="no chat template"):
         score(checkpoint, create("suite", "offline"), limit=1, apply_chat_template=True)
+
+
+# --- what requests share is computed once
+
+
+def of(kind: str) -> MoETransformer:
+    """Tied or not, with and without the filter that looks at a row's neighbours."""
+    options: dict[str, Any] = {
+        "plain": {},
+        "grouped heads": {"n_kv_heads": 1, "qk_norm": "head", "tied_embeddings": True},
+        "filtered": {"attention": "lfa"},
+    }[kind]
+    config = MoEConfig(
+        vocab_size=11, d_model=16, n_layers=2, n_heads=2, n_experts=5, top_k=2, d_expert=8, max_seq_len=20, **options
+    )
+    torch.manual_seed(0)
+    model = MoETransformer(config).double().eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+MODELS = {kind: of(kind) for kind in ("plain", "grouped heads", "filtered")}
+BEGINNINGS = [(1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3), (1, 2, 3, 4, 5, 6, 7, 8, 0), (4,) * 10, (1,)]
+
+
+@st.composite
+def asked(draw: st.DrawFn) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Rows that often begin alike, repeat, or are the beginning of another, and the tokens that should follow their ends."""
+    found = []
+    for _ in range(draw(st.integers(1, 9))):
+        row = draw(st.sampled_from(BEGINNINGS)) + tuple(draw(st.lists(st.integers(0, 3), max_size=8)))
+        n = draw(st.integers(1, len(row)))
+        found.append((row, (*row[len(row) - n + 1 :], draw(st.integers(0, 10)))))
+    return found
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@settings(max_examples=25, deadline=None)
+@given(asked=asked(), batch_size=st.integers(1, 4))
+def test_shared_beginnings_change_no_answer(
+    kind: str, asked: list[tuple[tuple[int, ...], tuple[int, ...]]], batch_size: int
+) -> None:
+    """Against one row at a time; passes are as small as they can be, so that there are several."""
+    model = MODELS[kind]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared, "LEAST_TOKENS", 0)
+        found = {index: (value, hit) for index, value, hit in log_likelihoods(model, asked, batch_size, 0)}
+    assert sorted(found) == list(range(len(asked)))
+    for index, (row, tokens) in enumerate(asked):
+        with torch.no_grad():
+            last = model(torch.tensor([row]))[0, -len(tokens) :].float().log_softmax(-1)
+        expected = sum(float(last[i, token]) for i, token in enumerate(tokens))
+        assert math.isclose(found[index][0], expected, rel_tol=1e-5, abs_tol=1e-5)
+        assert found[index][1] == (last.argmax(-1).tolist() == list(tokens))
+
+
+@settings(max_examples=50, deadline=None)
+@given(asked=asked(), tokens=st.integers(1, 60))
+def test_packed_rows_hold_every_row_once(
+    asked: list[tuple[tuple[int, ...], tuple[int, ...]]], tokens: int
+) -> None:
+    rows = [row for row, _ in asked]
+    groups = packed(rows, 40)
+    assert sorted(row for group in groups for row in group.rows) == sorted(set(rows))
+    for group in groups:
+        assert {row[: group.shared] for row in group.rows} == {group.rows[0][: group.shared]}
+        assert len(group.rows) == 1 or group.length <= 40
+        saved = sum(map(len, group.rows)) - group.length
+        assert saved >= LEAST_SAVED * (len(group.rows) - 1)
+    assert [len(group.rows) for group in packed(rows, 40, share=False)] == [1] * len(set(rows))
+    batches = list(passes(groups, tokens))
+    assert sorted(map(id, groups)) == sorted(id(group) for batch in batches for group in batch)
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(group.length for group in batch) <= tokens
+
+
+def test_choices_cost_their_own_tokens_only(checkpoint: Checkpoint) -> None:
+    """Four choices after one text: one row, and the output head on the choices' tokens alone."""
+    lm = MoEPruneLM(checkpoint)
+    seen: list[int] = []
+    lm.model.embedding.register_forward_hook(lambda _, args, out: seen.append(args[0].numel()))
+    lm.model.head.register_forward_hook(lambda _, args, out: seen.append(args[0].shape[0]))
+    context = "sun moon star night sky light sun moon star"
+    choices = [" sun moon", " sun", " light star", " x"]
+    lm.loglikelihood(requests("loglikelihood", *((context, choice) for choice in choices)), disable_tqdm=True)
+    n = len(lm.tok_encode(context))
+    ends = [len(lm.tok_encode(context + choice)) - n for choice in choices]
+    rows = {tuple(lm.tok_encode(context + choice)[:-1]) for choice in choices}
+    own = sum(len(row) - n for row in rows)
+    assert seen == [n + own, 1 + own]  # what follows the context is asked for by all, and computed once
+    assert sum(ends) > 1 + own
 
 
 # --- transformers models, against lm-eval's own class for them

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -348,6 +349,26 @@ def test_unknown_tensors_elsewhere_are_copied_and_ignored_ones_left_out(tmp_path
     load(tmp_path / "pruned")
 
 
+@pytest.mark.parametrize("refused", [errno.EXDEV, None])
+def test_bytes_go_through_memory_where_the_system_does_not_copy(
+    refused: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between some file systems, and where there is no such call."""
+    source = saved("qwen3_moe", tmp_path / "source")
+    plan = keep(source, [4, 4, 4])
+
+    def refuse(*_: Any) -> int:
+        raise OSError(refused, "no")
+
+    if refused is None:
+        monkeypatch.delattr(os, "copy_file_range", raising=False)
+    else:
+        monkeypatch.setattr(os, "copy_file_range", refuse, raising=False)
+    prune_streaming(source, tmp_path / "pruned", plan, max_shard_size=SHARD)
+    in_memory(source, tmp_path / "exported", plan)
+    same(tmp_path / "pruned", tmp_path / "exported")
+
+
 KILLED = """
 import os, signal, sys
 from moeprune.interop import streaming
@@ -404,16 +425,16 @@ def test_what_fails_in_the_middle_leaves_everything_as_it_was(
         output.mkdir()
         (output / "precious").write_text("mine")
     calls: list[int] = []
-    put = streaming._put
+    copy = streaming._copy
 
-    def fails(*args: Any) -> None:
+    def fails(*args: Any) -> Any:
         calls.append(1)
         if len(calls) == 9:
             raise error
-        put(*args)
+        return copy(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(streaming, "_put", fails)
+        patch.setattr(streaming, "_copy", fails)
         with pytest.raises(raised, match=what):
             prune_streaming(source, output, plan, overwrite=overwrite, max_shard_size=SHARD)
     assert {p.name for p in tmp_path.iterdir()} == {"source"} | ({"pruned"} if overwrite else set())

@@ -206,7 +206,8 @@ class Work:
         self.missing = (wanted - store.LIVE | {"counts"}) - has
         self.it: Subject = subject(setup.path, setup.how, bool(self.missing or "acceptance" in wanted))
         self.whole = sum(p.numel() for p in _module(self.it.model).parameters())
-        _same(folder, "checkpoint", known.get("weights"), self.it.provenance["weights"])
+        measured = self.saved.provenance if self.saved else known
+        _same(folder, "checkpoint", measured.get("weights"), self.it.provenance["weights"])
         if self.saved is not None and "data" in self.it.provenance:
             _same(folder, "calibration text", self.saved.provenance["data"]["hash"], self.it.provenance["data"]["hash"])
         _same(folder, "held-out text", known.get("held_out", {}).get("hash"), self.text.provenance["hash"])
@@ -232,29 +233,32 @@ class Work:
         Raises:
             UserError: nothing can be measured, or the suite cannot score the checkpoint itself.
         """
+        base, how = self.comparison.reference, self.setup.how
+        try:
+            if self.waiting:
+                self.measure()  # which has a bar of its own
+            if base in self.waiting:
+                self.reference()
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"out of memory with {how.batch_size} sequences at a time; give a smaller batch_size or seq_len, or another dtype"
+            ) from error
         failed: dict[str, str] = {}
+        others = [name for name in self.waiting if name != base]
         columns = (TextColumn("{task.description:<16}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn())
-        order = sorted(self.waiting, key=lambda name: name != self.comparison.reference)
         with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-            bar = progress.add_task("evidence", total=len(order))
-            if order:
-                self.measure()
-            for name in order:
+            bar = progress.add_task("", total=len(others))
+            for name in others:
                 progress.update(bar, description=name)
-                said = "done"
-                if name == self.comparison.reference:
-                    self.reference()
-                else:
-                    try:
-                        self.variant(name)
-                    except Exception as error:  # memory that gives out included: it leaves the others alone
-                        failed[name] = (
-                            str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-                        )
-                        said = f"failed: {failed[name]}"
-                        with _log(job_folder(self.folder, name)) as log:
-                            traceback.print_exc(file=log)
+                try:
+                    self.variant(name)
+                except Exception as error:  # memory that gives out included: it leaves the others alone
+                    own = isinstance(error, UserError)
+                    failed[name] = str(error) if own else f"{type(error).__name__}: {error}"
+                    with _log(job_folder(self.folder, name)) as log:
+                        traceback.print_exc(file=log)
                 if not console.is_terminal:
+                    said = f"failed: {failed[name]}" if name in failed else "done"
                     console.print(f"{name}: {said}", markup=False, soft_wrap=True)
                 progress.advance(bar)
         return failed

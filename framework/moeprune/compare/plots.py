@@ -320,6 +320,11 @@ def _difference_to(
             look = looks[v["name"]]
             axis.plot(steps[1:], values, lw=1.5, color=look["color"], ls=look["ls"])
             axis.plot(steps[:2], [0, values[0]], lw=0.8, color=look["color"], ls=look["ls"], alpha=0.6)
+            own = {int(each["step"]) for each in v.get("prunes") or ()} - {prune}
+            later = [(step, y) for (step, _), y in zip(pairs, values, strict=True) if step in own]
+            if later:
+                x, y = zip(*later, strict=True)
+                axis.plot(x, y, look["marker"], color=look["color"], ms=5, mec="white", mew=0.6, zorder=5)
     lead = max(2, (until - prune) // 15)
     axis.plot([prune - lead, until], [0, 0], color=INK, lw=1.3)
     axis.set_xlim(prune - lead, until)
@@ -804,7 +809,8 @@ def _label(variant: Variant | None, longest: int = 38) -> str:
     if variant is None:
         return ""
     n = len(variant.get("prunes") or ())
-    return _short(f"{variant['label']}{f' ({n} prunes)' if n > 1 else ''}", longest)
+    more = f" ({n} prunes)" if n > 1 else ""
+    return _short(str(variant["label"]), longest - len(more)) + more
 
 
 def _short(text: str, longest: int = 38) -> str:

@@ -192,8 +192,12 @@ _KEPT = _Kept()
 def _scratch(
     rows: int, narrow: Tensor, narrow_widths: Sequence[int], wide: Tensor, wide_widths: Sequence[int]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Uninitialised [rows, width] for each width, in the dtypes of `narrow` and `wide`; the next call gives the same memory."""
-    wanted = [(narrow.dtype, n) for n in narrow_widths] + [(wide.dtype, n) for n in wide_widths]
+    """Uninitialised [rows, width] for each width, in the dtypes of `narrow` and `wide`; the next call gives the same memory.
+
+    Where the two are the same dtype there is nothing in the wide ones.
+    """
+    widths = [*wide_widths] if narrow.dtype != wide.dtype else [0] * len(wide_widths)
+    wanted = [(narrow.dtype, n) for n in narrow_widths] + [(wide.dtype, n) for n in widths]
     if narrow.device.type != "cpu" or type(narrow) not in (Tensor, nn.Parameter):
         made = [narrow.new_empty(rows, n, dtype=dtype) for dtype, n in wanted]
     else:
@@ -240,9 +244,9 @@ class _GroupedSwiGLU(torch.autograd.Function):
         if save:
             gu_ = x.new_empty(len(w), F2)
         gate_up_t, down_t = gate_up.transpose(1, 2).unbind(0), down.transpose(1, 2).unbind(0)
-        out = w.new_zeros(T, D)
+        out, token_ = w.new_zeros(T, D), rows.choice // K
         for a, b, experts, sizes in rows.blocks:
-            n, token = b - a, rows.choice[a:b] // K
+            n, token = b - a, token_[a:b]
             xs, gu, h, y = xs_[:n], gu_[a:b] if save else gu_[:n], h_[:n], y_[:n]
             torch.index_select(x, 0, token, out=xs)
             for e, rows_in, rows_out in zip(
@@ -272,18 +276,20 @@ class _GroupedSwiGLU(torch.autograd.Function):
         dw = torch.empty_like(w)
         d_gate_up = torch.empty_like(gate_up) if for_gate_up else None
         d_down = torch.empty_like(down) if for_down else None
-        (xs_, dy_, dh_, h_, d_gu_, gu_), (act_, d_act_, wide_h_, wide_dh_, wide_gu_, wide_dy_) = _scratch(
-            rows.longest, x, (D, D, f, f, F2, 0 if saved is not None else F2), w, (f, f, f, f, F2, D)
-        )
+        (
+            (xs_, dy_, dh_, h_, d_gu_, act_, d_act_, gu_),
+            (wide_act_, wide_d_act_, wide_h_, wide_dh_, wide_gu_, wide_dy_),
+        ) = _scratch(rows.longest, x, (D, D, f, f, F2, f, f, F2 if saved is None else 0), w, (f, f, f, f, F2, D))
         if x.dtype == w.dtype:
-            wide_h_, wide_dh_, wide_gu_, wide_dy_ = h_, dh_, d_gu_, dy_
+            wide_act_, wide_d_act_, wide_h_, wide_dh_, wide_gu_, wide_dy_ = act_, d_act_, h_, dh_, d_gu_, dy_
+        token_ = choice // K
         gate_up_e, down_e, gate_up_t = gate_up.unbind(0), down.unbind(0), gate_up.transpose(1, 2).unbind(0)
         d_gate_up_e = [] if d_gate_up is None else d_gate_up.unbind(0)
         d_down_e = [] if d_down is None else d_down.unbind(0)
         written = [False] * E
         for a, b, experts, sizes in rows.blocks:
-            n, token, w_ = b - a, choice[a:b] // K, w[a:b]
-            xs, dy, dh, act, d_act, product = xs_[:n], dy_[:n], dh_[:n], act_[:n], d_act_[:n], wide_h_[:n]
+            n, token, w_ = b - a, token_[a:b], w[a:b]
+            xs, dy, dh, act, d_act, product = xs_[:n], dy_[:n], dh_[:n], wide_act_[:n], wide_d_act_[:n], wide_h_[:n]
             torch.index_select(x, 0, token, out=xs)
             torch.index_select(dout, 0, token, out=dy)
             if saved is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -19,10 +19,11 @@ from torch.optim import Optimizer
 from moeprune.checkpoints import read_lightning
 from moeprune.errors import UserError
 from moeprune.model.transformer import MoETransformer
-from moeprune.parallel.pieces import spread
-from moeprune.parallel.together import Together, check_names
+from moeprune.parallel.dispatch import Sharded
+from moeprune.parallel.pieces import Rows, spread
+from moeprune.parallel.together import Together, check_names, local
 from moeprune.pruning.plan import PrunePlan
-from moeprune.pruning.surgery import apply_plan, of_parameters_shape, replace_tensor
+from moeprune.pruning.surgery import apply_plan, replace_tensor
 
 PRECISIONS = ("32-true", "bf16-mixed")
 
@@ -65,11 +66,18 @@ class FullyShardedStrategy(Together, ModelParallelStrategy):
         """
         if self.precision_plugin.precision not in PRECISIONS:
             raise UserError(
-                f"the strategy `fsdp2` does not work with --trainer.precision={self.precision_plugin.precision}; use 32 or "
+                f"the strategy `{self.strategy_name}` does not work with --trainer.precision={self.precision_plugin.precision}; use 32 or "
                 f"bf16-mixed"
             )
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
+
+    def setup(self, trainer: Any) -> None:
+        """Evaluate without inference mode: the next training step could not use what it gathers."""
+        validation = trainer.fit_loop.epoch_loop.val_loop
+        for loop in (validation, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+            loop.inference_mode = False
+        super().setup(trainer)
 
     @property
     def mesh(self) -> Any:
@@ -98,10 +106,18 @@ class FullyShardedStrategy(Together, ModelParallelStrategy):
         for block in model.blocks:
             # balancing terms read a router's weights after the forward pass
             fully_shard(block.moe.router, reshard_after_forward=False, **options)  # type: ignore[union-attr, arg-type]
-            fully_shard(block, reshard_after_forward=True, **options)
+            fully_shard(block, reshard_after_forward=True, ignored_params=self._left_out(block), **options)
         fully_shard(model, reshard_after_forward=False, **options)
         register_fsdp_forward_method(model, "forward_with_routing")
         return model
+
+    def _left_out(self, block: nn.Module) -> set[nn.Parameter]:
+        """Parameters of a block that are not sharded."""
+        return set()
+
+    def _dealt(self) -> Mapping[str, Sharded]:
+        """Of parameters, by name, that hold this process's experts only, who knows where the others are."""
+        return {}
 
     def resized(self, model: MoETransformer, n_experts: Sequence[int]) -> MoETransformer:
         """A sharded model with other numbers of experts; its weights are still to be read."""
@@ -125,7 +141,8 @@ class FullyShardedStrategy(Together, ModelParallelStrategy):
         """See `Together`."""
         module, own = self._module, self._module.transformer
         self.reshard()
-        state = self._gathered(own.state_dict().items(), self.root_device)
+        state = self._gathered(own.state_dict(prefix="model."), self.root_device, self._dealt())
+        state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
         if self.is_global_zero:
             model = skeleton(own, [layer.n_experts for layer in own.moe_layers])
             model.load_state_dict(state, assign=True)
@@ -139,11 +156,23 @@ class FullyShardedStrategy(Together, ModelParallelStrategy):
         finally:
             module.model = own
 
-    def _gathered(self, tensors: Iterable[tuple[Any, Any]], device: torch.device) -> dict[Any, Any]:
-        """On process 0 the whole tensors; on the others nothing. One at a time; collective."""
+    def _gathered(
+        self, tensors: Mapping[Any, Any], device: torch.device, dealt: Mapping[Any, Sharded]
+    ) -> dict[Any, Any]:
+        """On process 0 the whole tensors; on the others nothing. One at a time; collective.
+
+        Args:
+            tensors: DTensors, rows of experts, others that are the same on all processes; other values.
+            device: where to.
+            dealt: which of the tensors are rows of experts.
+        """
         found = {}
-        for name, value in tensors:
-            full = value.full_tensor() if isinstance(value, DTensor) else value
+        for name, value in tensors.items():
+            full: Any = value
+            if isinstance(value, DTensor):
+                full = value.full_tensor()
+            elif name in dealt and value.ndim and self.global_rank < dealt[name].size:
+                full = dealt[name].gather(value)  # further processes hold the same experts once more
             if self.is_global_zero:
                 found[name] = full.detach().to(device) if isinstance(full, Tensor) else full
         return found
@@ -155,11 +184,15 @@ class FullyShardedStrategy(Together, ModelParallelStrategy):
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         square = torch.zeros((), device=self.root_device)
         for parameter in parameters:
-            square += local(parameter.grad).float().square().sum()
+            square += local(parameter.grad).float().square().sum() / self._copies(parameter)
         dist.all_reduce(square)
         factor = (max_norm / (square.sqrt() + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grads_with_norm_ has it
         for parameter in parameters:
             local(parameter.grad).mul_(factor)
+
+    def _copies(self, parameter: Tensor) -> int:
+        """How many processes have this process's share of a parameter."""
+        return 1
 
     # -- the prune -----------------------------------------------------------------------------------------------------
 
@@ -184,6 +217,8 @@ class FullyShardedStrategy(Together, ModelParallelStrategy):
         for name, parameter in old.named_parameters():
             owner, leaf = owner_of(new, name)
             setattr(owner, leaf, parameter)
+        for layer, renewed in zip(old.moe_layers, new.moe_layers, strict=True):
+            renewed.experts.dispatcher = layer.experts.dispatcher
         keep_buffers(old, new, persistent=True)
         self._module.model = new.train(old.training)
 
@@ -200,60 +235,84 @@ class FullyShardedStrategy(Together, ModelParallelStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """On process 0 as of a single process; in pieces: what this process holds. Collective."""
         self.reshard()
-        state: dict[str, Any] = self._module.state_dict()
-        return state if self.sharded_checkpoints else self._gathered(state.items(), torch.device("cpu"))
+        return self._saved(self._module.state_dict(), self._dealt())
+
+    def _saved(self, tensors: Mapping[Any, Any], dealt: Mapping[Any, Sharded]) -> dict[Any, Any]:
+        if not self.sharded_checkpoints:
+            return self._gathered(tensors, torch.device("cpu"), dealt)
+        return {
+            name: Rows(value.detach(), dealt[name].held) if name in dealt and value.ndim else value
+            for name, value in tensors.items()
+        }
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """See `lightning_module_state_dict`."""
         optimizer = getattr(optimizer, "optimizer", optimizer)
         state: dict[str, Any] = dict(optimizer.state_dict())
-        take: Callable[[Any], dict[Any, Any]] = (
-            dict if self.sharded_checkpoints else lambda items: self._gathered(items, torch.device("cpu"))
-        )
-        state["state"] = {number: take(values.items()) for number, values in state["state"].items()}
+        dealt = dict(enumerate(self._dealers(optimizer)))
+        state["state"] = {
+            number: self._saved(values, {key: mine for key in values if (mine := dealt[number]) is not None})
+            for number, values in state["state"].items()
+        }
         return state
+
+    def _dealers(self, optimizer: Optimizer) -> list[Sharded | None]:
+        """Of every parameter of an optimizer, who knows where its rows are, if it holds those of this process's experts only."""
+        self.reshard()
+        dealt, names = self._dealt(), {p: name for name, p in self._module.named_parameters()}
+        return [dealt.get(names[p]) for group in optimizer.param_groups for p in group["params"]]
 
     def _read(self, path: Any, weights_only: bool | None) -> dict[str, Any]:
         return read_lightning(path, weights=False)  # mapped into memory: a process reads no more than its share
 
+    @torch.no_grad()
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Take this process's share."""
         own: dict[str, Tensor] = self._module.state_dict()
         check_names(own, checkpoint["state_dict"])
-        with torch.no_grad():
-            if self._folder is not None:
-                self._folder.fill({f"state_dict/{name}": tensor for name, tensor in own.items()})
-            else:
-                for name, tensor in own.items():
-                    tensor.copy_(spread(checkpoint["state_dict"][name].to(tensor.device), tensor))
+        self._fill(
+            {name: (tensor, checkpoint["state_dict"][name], f"state_dict/{name}") for name, tensor in own.items()},
+            self._dealt(),
+        )
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Take this process's share."""
         for index, (optimizer, state) in enumerate(zip(self.optimizers, checkpoint["optimizer_states"], strict=True)):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            dealers = self._dealers(optimizer)
             mine: dict[Any, dict[str, Any]] = {}
-            targets: dict[str, Tensor] = {}
             for number, values in state["state"].items():
-                parameter = parameters[number]
+                parameter, dealer = parameters[number], dealers[number]
                 mine[number] = {}
                 for key, value in values.items():
-                    if value is None:
-                        mine[number][key] = targets[f"optimizer_states/{index}/{number}/{key}"] = torch.empty_like(
-                            parameter
-                        )
-                    elif of_parameters_shape(value, parameter, f"optimizer state {key!r}"):
-                        mine[number][key] = spread(value.to(parameter.device), parameter).clone()
-                    else:
+                    if isinstance(value, Tensor) and value.ndim == 0:
                         mine[number][key] = value
-            if self._folder is not None:
-                self._folder.fill(targets)
+                        continue
+                    mine[number][key] = empty = torch.empty_like(parameter.detach())
+                    where = f"optimizer_states/{index}/{number}/{key}"
+                    self._fill({key: (empty, value, where)}, {} if dealer is None else {key: dealer})
             optimizer.load_state_dict({**state, "state": mine})
 
+    def _fill(self, tensors: Mapping[str, tuple[Tensor, Tensor | None, str]], dealt: Mapping[str, Sharded]) -> None:
+        """Read this process's share into tensors.
 
-def local(tensor: Tensor | None) -> Tensor:
-    """What this process has of a tensor."""
-    assert tensor is not None
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        Args:
+            tensors: by name the tensor to fill; the whole one, None in pieces; its path in pieces.
+            dealt: which of them take rows of experts.
+        """
+        direct: dict[str, Tensor] = {}
+        for name, (target, whole, where) in tensors.items():
+            if whole is not None:
+                whole = dealt[name].scatter(whole) if name in dealt else spread(whole.to(target.device), target)
+                target.copy_(whole)
+            elif name in dealt:
+                assert self._folder is not None
+                target.copy_(self._folder.tensor(where, dealt[name].held))
+            else:
+                direct[where] = target
+        if direct:
+            assert self._folder is not None
+            self._folder.fill(direct)
 
 
 def skeleton(model: MoETransformer, n_experts: Sequence[int]) -> MoETransformer:

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moeprune.errors import UserError
 from moeprune.parallel.fsdp import FullyShardedStrategy
+from moeprune.parallel.hybrid import ExpertParallelFullyShardedStrategy
 from moeprune.parallel.strategy import ExpertParallelStrategy
 from moeprune.parallel.together import Together
 from moeprune.pruning.plan import PrunePlan
@@ -23,7 +24,13 @@ from moeprune.pruning.surgery import apply_plan
 T = TypeVar("T")
 
 
-PRUNING = (SingleDeviceStrategy, DDPStrategy, ExpertParallelStrategy, FullyShardedStrategy)
+PRUNING = (
+    SingleDeviceStrategy,
+    DDPStrategy,
+    ExpertParallelStrategy,
+    FullyShardedStrategy,
+    ExpertParallelFullyShardedStrategy,
+)
 
 
 def check_strategy(trainer: pl.Trainer, prunes: bool = True) -> None:
@@ -35,7 +42,7 @@ def check_strategy(trainer: pl.Trainer, prunes: bool = True) -> None:
 
     Raises:
         UserError: Lightning's own ModelParallelStrategy, which would train a model of its own on every process; and if the run
-            prunes, anything but a single device, DDP, expert parallelism or FSDP2.
+            prunes, anything but a single device, DDP, expert parallelism, FSDP2 or both of these.
     """
     strategy = type(trainer.strategy)
     if strategy is ModelParallelStrategy:
@@ -43,7 +50,7 @@ def check_strategy(trainer: pl.Trainer, prunes: bool = True) -> None:
     if prunes and strategy not in PRUNING:  # by exact type: DeepSpeed's, among others, derives from DDP's
         raise UserError(
             f"pruning during training does not work under the strategy {strategy.__name__}; use --trainer.strategy=auto (one "
-            f"device), ddp, ep or fsdp2"
+            f"device), ddp, ep, fsdp2 or ep_fsdp2"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -25,38 +26,29 @@ from moeprune.pruning.surgery import of_parameters_shape, replace_tensor
 LAYOUT = "expert_layout"  # key in a checkpoint: per layer the layout, when it was written under expert parallelism
 
 
-class ExpertParallelStrategy(Together, DDPStrategy):
-    """Every process trains on its own share of the batch and holds its own share of the experts.
+class ExpertParallel(Together):
+    """What strategies share under which every process holds its own experts.
 
-    Routers and all other parameters are replicated and averaged as under DDP. The world is cut into groups of `ep_size`
-    neighbouring processes; a group holds all experts, and the gradients of an expert are averaged over the groups. A run
-    equals that of a single process with the same global batch, up to the order of sums.
-
-    Checkpoints hold all experts in order of their ids, as those of a single process do, or in pieces every expert by its id, and
-    the layout beside them: with the same `ep_size` a run goes on with the layout it had, otherwise from the contiguous one.
-
-    Args:
-        ep_size: processes that share the experts; divides the number of processes; null for all of them.
-        dispatcher: makes the dispatcher of a layer from its layout and the process group.
-        kwargs: as for Lightning's DDPStrategy.
+    The world is cut into groups of `ep_size` neighbouring processes; a group holds all experts, and the gradients of an expert are
+    averaged over the groups.
     """
 
-    strategy_name = "ep"
+    _timeout: timedelta | None
+    _wanted: int | None
+    _dispatcher: Callable[[Layout, dist.ProcessGroup], Sharded]
 
-    def __init__(
-        self,
-        ep_size: int | None = None,
-        dispatcher: Callable[[Layout, dist.ProcessGroup], Sharded] = AllToAll,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
+    def _deal(self, ep_size: int | None, dispatcher: Callable[[Layout, dist.ProcessGroup], Sharded]) -> None:
+        """Called when made.
+
+        Raises:
+            UserError: ep_size < 1.
+        """
         if ep_size is not None and ep_size < 1:
             raise UserError(f"ep_size must be at least 1, got {ep_size}")
         self._wanted, self._dispatcher = ep_size, dispatcher
         self._saved_layouts: list[list[list[int]]] = []
-        self._groups: list[
-            dist.ProcessGroup
-        ] = []  # of this process: those that share the experts, those with the same ones
+        # of this process: those that share the experts, those with the same ones
+        self._groups: list[dist.ProcessGroup] = []
 
     # -- processes -----------------------------------------------------------------------------------------------------
 
@@ -111,6 +103,90 @@ class ExpertParallelStrategy(Together, DDPStrategy):
             for name in experts.expert_dims
         }
 
+    def _layout(self, index: int, n_experts: int) -> Layout:
+        if index < len(self._saved_layouts):
+            saved = Layout.of(self._saved_layouts[index])
+            if (saved.n_experts, len(saved.ranks)) == (n_experts, self.ep_size):
+                return saved
+        return Layout.contiguous(n_experts, self.ep_size)
+
+    # -- gradients -----------------------------------------------------------------------------------------------------
+
+    def average_expert_gradients(self) -> None:
+        """Over all processes, as those of the other parameters; once per optimizer step. Collective."""
+        if not self._groups:
+            return
+        replicas = self._groups[1]
+        for experts in self.experts().values():
+            for parameter in experts.parameters():
+                if parameter.requires_grad and parameter.numel():
+                    if parameter.grad is None:
+                        parameter.grad = torch.zeros_like(parameter)
+                    if self.world_size > self.ep_size:
+                        dist.all_reduce(parameter.grad, group=replicas)
+                    parameter.grad.div_(self.world_size)  # it came from the tokens of all processes of the group
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def _numbered(self, optimizer: Any) -> dict[int, tuple[nn.Parameter, Sharded]]:
+        """The sharded parameters by their numbers in the optimizer's state."""
+        sharded = self._sharded()
+        of = {p: sharded[name] for name, p in self._module.named_parameters() if name in sharded}
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        return {number: (p, of[p]) for number, p in enumerate(parameters) if p in of}
+
+    @staticmethod
+    def _of_shape(value: Any, number: int, key: str, where: Mapping[int, tuple[nn.Parameter, Sharded]]) -> bool:
+        return number in where and of_parameters_shape(value, where[number][0], f"optimizer state {key!r}")
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Add the layout."""
+        dispatchers = [experts.dispatcher for experts in self.experts().values()]
+        checkpoint[LAYOUT] = [[list(row) for row in d.layout.ranks] for d in dispatchers if isinstance(d, Sharded)]
+        super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Keep the layout for when the experts are dealt out."""
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        self._saved_layouts = checkpoint.get(LAYOUT, [])
+        return checkpoint
+
+    def _restored(self, value: Any, where: str, dispatcher: Sharded | None) -> Any:
+        """A value of a checkpoint: of a parameter that is dealt out this process's rows."""
+        if value is None and self._folder is not None:
+            return self._folder.tensor(where, None if dispatcher is None else dispatcher.held)
+        return dispatcher.scatter(value) if dispatcher is not None and value.ndim else value
+
+
+class ExpertParallelStrategy(ExpertParallel, DDPStrategy):
+    """Every process trains on its own share of the batch and holds its own share of the experts.
+
+    Routers and all other parameters are replicated and averaged as under DDP. The world is cut into groups of `ep_size`
+    neighbouring processes; a group holds all experts, and the gradients of an expert are averaged over the groups. A run
+    equals that of a single process with the same global batch, up to the order of sums.
+
+    Checkpoints hold all experts in order of their ids, as those of a single process do, or in pieces every expert by its id, and
+    the layout beside them: with the same `ep_size` a run goes on with the layout it had, otherwise from the contiguous one.
+
+    Args:
+        ep_size: processes that share the experts; divides the number of processes; null for all of them.
+        dispatcher: makes the dispatcher of a layer from its layout and the process group.
+        kwargs: as for Lightning's DDPStrategy.
+    """
+
+    strategy_name = "ep"
+
+    def __init__(
+        self,
+        ep_size: int | None = None,
+        dispatcher: Callable[[Layout, dist.ProcessGroup], Sharded] = AllToAll,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self._deal(ep_size, dispatcher)
+
+    # -- sharding ------------------------------------------------------------------------------------------------------
+
     def setup(self, trainer: Any) -> None:
         """Keep this process's experts only, then go on as DDP, which leaves them alone.
 
@@ -127,13 +203,6 @@ class ExpertParallelStrategy(Together, DDPStrategy):
             ignore: Any = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
             ignore(self.model, [*self._sharded()])
         super().setup(trainer)
-
-    def _layout(self, index: int, n_experts: int) -> Layout:
-        if index < len(self._saved_layouts):
-            saved = Layout.of(self._saved_layouts[index])
-            if (saved.n_experts, len(saved.ranks)) == (n_experts, self.ep_size):
-                return saved
-        return Layout.contiguous(n_experts, self.ep_size)
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -160,19 +229,10 @@ class ExpertParallelStrategy(Together, DDPStrategy):
     # -- gradients -----------------------------------------------------------------------------------------------------
 
     def post_backward(self, closure_loss: Tensor) -> None:
-        """Average the experts' gradients, as DDP does with the others: over all processes, when it does."""
+        """Average the experts' gradients when DDP does so with the others."""
         super().post_backward(closure_loss)
-        if not self._groups or not getattr(self.model, "require_backward_grad_sync", True):
-            return  # gradients accumulate
-        replicas = self._groups[1]
-        for experts in self.experts().values():
-            for parameter in experts.parameters():
-                if parameter.requires_grad and parameter.numel():
-                    if parameter.grad is None:
-                        parameter.grad = torch.zeros_like(parameter)
-                    if self.world_size > self.ep_size:
-                        dist.all_reduce(parameter.grad, group=replicas)
-                    parameter.grad.div_(self.world_size)  # it came from the tokens of all processes of the group
+        if getattr(self.model, "require_backward_grad_sync", True):  # otherwise they accumulate
+            self.average_expert_gradients()
 
     def clip_gradients_by_norm(self, optimizer: Optimizer, max_norm: float) -> None:
         """See `Together`."""
@@ -220,35 +280,6 @@ class ExpertParallelStrategy(Together, DDPStrategy):
             for number, values in state["state"].items()
         }
         return state
-
-    def _numbered(self, optimizer: Any) -> dict[int, tuple[nn.Parameter, Sharded]]:
-        """The sharded parameters by their numbers in the optimizer's state."""
-        sharded = self._sharded()
-        of = {p: sharded[name] for name, p in self._module.named_parameters() if name in sharded}
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        return {number: (p, of[p]) for number, p in enumerate(parameters) if p in of}
-
-    @staticmethod
-    def _of_shape(value: Any, number: int, key: str, where: Mapping[int, tuple[nn.Parameter, Sharded]]) -> bool:
-        return number in where and of_parameters_shape(value, where[number][0], f"optimizer state {key!r}")
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Add the layout."""
-        dispatchers = [experts.dispatcher for experts in self.experts().values()]
-        checkpoint[LAYOUT] = [[list(row) for row in d.layout.ranks] for d in dispatchers if isinstance(d, Sharded)]
-        super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Keep the layout for when the experts are dealt out."""
-        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
-        self._saved_layouts = checkpoint.get(LAYOUT, [])
-        return checkpoint
-
-    def _restored(self, value: Any, where: str, dispatcher: Sharded | None) -> Any:
-        """A value of a checkpoint: of a parameter that is dealt out this process's rows."""
-        if value is None and self._folder is not None:
-            return self._folder.tensor(where, None if dispatcher is None else dispatcher.held)
-        return dispatcher.scatter(value) if dispatcher is not None and value.ndim else value
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Take this process's rows, if the experts are dealt out already."""

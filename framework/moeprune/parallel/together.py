@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -10,13 +10,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pytorch_lightning.strategies import ParallelStrategy
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from moeprune.errors import UserError
 from moeprune.parallel import pieces
 
 
-class Together(ABC):
+class Together(ParallelStrategy):
     """Goes before Lightning's class among the bases of a strategy.
 
     Attributes:
@@ -30,7 +33,7 @@ class Together(ABC):
 
     @property
     def _module(self) -> Any:
-        module: Any = self.lightning_module  # type: ignore[attr-defined]
+        module: Any = self.lightning_module
         assert module is not None
         return module
 
@@ -46,6 +49,13 @@ class Together(ABC):
     @abstractmethod
     def clip_gradients_by_norm(self, optimizer: Optimizer, max_norm: float) -> None:
         """Clip by the norm over the parameters of the whole model, wherever they live. Collective."""
+
+    def clip_gradients_by_value(self, optimizer: Optimizer, value: float) -> None:
+        """Bring every number of the gradients into [-value, value]."""
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    local(parameter.grad).clamp_(-value, value)
 
     # -- evaluation ----------------------------------------------------------------------------------------------------
 
@@ -66,7 +76,7 @@ class Together(ABC):
             length = len(loader)
         except TypeError as error:
             raise UserError(f"the strategy `{self.strategy_name}` needs data loaders that know their length") from error
-        most = torch.tensor([length, -length], device=self.root_device)  # type: ignore[attr-defined]
+        most = torch.tensor([length, -length], device=self.root_device)
         dist.all_reduce(most, dist.ReduceOp.MAX)
         longest, shortest = int(most[0]), -int(most[1])
         if training and longest > shortest:
@@ -85,10 +95,10 @@ class Together(ABC):
             OSError: it cannot be written.
         """
         if self.sharded_checkpoints:
-            first = bool(self.is_global_zero)  # type: ignore[attr-defined]
-            pieces.write(checkpoint, Path(self.broadcast(str(filepath))), first)  # type: ignore[attr-defined]
-        elif self.is_global_zero:  # type: ignore[attr-defined]
-            self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)  # type: ignore[attr-defined]
+            first = bool(self.is_global_zero)
+            pieces.write(checkpoint, Path(self.broadcast(str(filepath))), first)
+        elif self.is_global_zero:
+            self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Whatever is in the file; of a checkpoint in pieces all but the tensors, which are read where they go."""
@@ -99,7 +109,7 @@ class Together(ABC):
         return self._folder.description()
 
     def _read(self, path: Any, weights_only: bool | None) -> dict[str, Any]:
-        read: dict[str, Any] = self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)  # type: ignore[attr-defined]
+        read: dict[str, Any] = self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
         return read
 
 
@@ -120,6 +130,12 @@ class Padded:
     def __iter__(self) -> Iterator[Any]:
         yield from self._loader
         yield from self._more
+
+
+def local(tensor: Tensor | None) -> Tensor:
+    """What this process has of a tensor."""
+    assert tensor is not None
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def check_names(here: Mapping[str, Any], there: Mapping[str, Any]) -> None:

@@ -168,7 +168,7 @@ class LastCheckpoint(Checkpoint):
     Args:
         every_n_steps: optimizer steps between saves; the end of the run is saved as well.
         sharded: write a folder of pieces, every process what it holds, instead of gathering all in one file; for the strategies
-            `fsdp2` and `ep`.
+            `fsdp2`, `ep` and `ep_fsdp2`.
 
     Raises:
         UserError: every_n_steps < 1.
@@ -191,8 +191,8 @@ class LastCheckpoint(Checkpoint):
             strategy.sharded_checkpoints = self.sharded
         elif self.sharded and stage == "fit":
             raise UserError(
-                "checkpoint.sharded needs processes that hold parts of the model; use --trainer.strategy=fsdp2 or ep, or leave "
-                "it out"
+                "checkpoint.sharded needs processes that hold parts of the model; use --trainer.strategy=fsdp2, ep or "
+                "ep_fsdp2, or leave it out"
             )
 
     def on_train_batch_end(

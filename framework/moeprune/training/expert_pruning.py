@@ -23,7 +23,7 @@ from moeprune.parallel.layout import Layout
 from moeprune.parallel.placement import Placement
 from moeprune.parallel.rearrange import factor, figures, rearrange
 from moeprune.parallel.restructure import agree, check_strategy, decide, prune
-from moeprune.parallel.strategy import ExpertParallelStrategy
+from moeprune.parallel.strategy import ExpertParallel
 from moeprune.pruning.calibration import record
 from moeprune.pruning.constraints import Constraints
 from moeprune.pruning.evidence import Evidence
@@ -141,7 +141,7 @@ class ExpertPruning(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse what cannot work before anything is trained."""
         strategy = trainer.strategy
-        if stage == "fit" and self.placement is not None and isinstance(strategy, ExpertParallelStrategy):
+        if stage == "fit" and self.placement is not None and isinstance(strategy, ExpertParallel):
             together = math.lcm(self.constraints.multiple_of, strategy.ep_size)
             self.constraints = replace(self.constraints, multiple_of=together)
         check_strategy(trainer, stage == "fit" and self.trigger is not None)

@@ -21,8 +21,9 @@ from moeprune.errors import UserError
 from moeprune.interop import native
 from moeprune.model.config import MoEConfig
 from moeprune.model.transformer import MoETransformer
-from moeprune.parallel.fsdp import FullyShardedStrategy, local
-from moeprune.parallel.together import Together
+from moeprune.parallel.fsdp import FullyShardedStrategy
+from moeprune.parallel.hybrid import ExpertParallelFullyShardedStrategy, MixedAdamW
+from moeprune.parallel.together import Together, local
 from moeprune.pruning.plan import PrunePlan
 from moeprune.training.data import check_equal_numbers
 
@@ -214,8 +215,10 @@ class MoELanguageModel(pl.LightningModule):
         """As Lightning does, by the norm of the whole model also where this process holds a part of it."""
         strategy, plugin = self.trainer.strategy, self.trainer.precision_plugin
         by_norm = gradient_clip_algorithm != "value"
-        if isinstance(strategy, Together) and gradient_clip_val and by_norm:
-            strategy.clip_gradients_by_norm(optimizer, gradient_clip_val)
+        if isinstance(strategy, Together) and gradient_clip_val:
+            (strategy.clip_gradients_by_norm if by_norm else strategy.clip_gradients_by_value)(
+                optimizer, gradient_clip_val
+            )
         elif isinstance(plugin, MixedPrecision) and plugin.scaler is None and gradient_clip_val:
             # nothing is scaled under bfloat16; Lightning refuses a fused optimizer nevertheless
             (plugin.clip_grad_by_norm if by_norm else plugin.clip_grad_by_value)(optimizer, gradient_clip_val)
@@ -302,7 +305,8 @@ class MoELanguageModel(pl.LightningModule):
         others: list[nn.Parameter] = []
         for parameter in self.parameters():
             (matrices if parameter.ndim > 1 else others).append(parameter)
-        optimizer = torch.optim.AdamW(
+        mixed = isinstance(self.trainer.strategy, ExpertParallelFullyShardedStrategy)
+        optimizer = (MixedAdamW if mixed else torch.optim.AdamW)(
             [{"params": matrices, "weight_decay": self.weight_decay}, {"params": others, "weight_decay": 0.0}],
             lr=self.learning_rate,
             betas=self.betas,
