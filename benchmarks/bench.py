@@ -195,7 +195,14 @@ def table(rows: Sequence[Row], command: bool = False) -> str:
             show = _ratio if unit == "ratio" else _seconds
             target = "-" if each["target"] is None else f"{sign} {show(each['target'])}"
             met = {True: "yes", False: "**no**", None: "-"}[each["met"]]
-            cells = [each["row"], each["case"], show(each[unit]), f"{show(each['q1'])} to {show(each['q3'])}", target, met]
+            cells = [
+                each["row"],
+                each["case"],
+                show(each[unit]),
+                f"{show(each['q1'])} to {show(each['q3'])}",
+                target,
+                met,
+            ]
         if command:
             cells.append(f"`{each['command']}`")
         lines.append(f"| {' | '.join(cells)} |")
@@ -253,7 +260,9 @@ def machine() -> dict[str, Any]:
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        model = next((line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line), model)
+        model = next(
+            (line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line), model
+        )
     return {"processor": model, "cores": os.cpu_count(), "system": f"{platform.system()} {platform.release()}"}
 
 

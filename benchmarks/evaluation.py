@@ -12,6 +12,7 @@ differ by more than 1e-4 of their size stop the script.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import os
@@ -79,6 +80,11 @@ def requests(limit: int | None) -> dict[str, list[Any]]:
     return found
 
 
+def score(name: str, lm: Any, kind: str, instances: list[Any], answers: dict[str, Any]) -> None:
+    """Keep a model's answers under its name."""
+    answers[name] = getattr(lm, kind)(instances, disable_tqdm=True)
+
+
 def compare(mine: Any, theirs: Any) -> None:
     """Stop where answers differ."""
     for index, (one, other) in enumerate(zip(mine, theirs, strict=True)):
@@ -111,11 +117,11 @@ def main() -> None:
     both: dict[str, list[float]] = {"ours": [0.0] * options.rounds, "hf": [0.0] * options.rounds}
     for kind, instances in asked.items():
         answers: dict[str, Any] = {}
-
-        def score(name: str, lm: Any, kind: str = kind, instances: list[Any] = instances) -> None:
-            answers[name] = getattr(lm, kind)(instances, disable_tqdm=True)
-
-        seconds = interleave({"ours": lambda: score("ours", ours), "hf": lambda: score("hf", theirs)}, options.rounds)
+        calls = {
+            name: functools.partial(score, name, lm, kind, instances, answers)
+            for name, lm in (("ours", ours), ("hf", theirs))
+        }
+        seconds = interleave(calls, options.rounds)
         compare(answers["ours"], answers["hf"])
         for name in both:
             both[name] = [a + b for a, b in zip(both[name], seconds[name], strict=True)]

@@ -1,13 +1,14 @@
 """What pruning and rearranging are worth under expert parallelism, measured on 2 and 4 processes beside what the simulator predicts.
 
-    python benchmarks/expert_parallel.py [--output runs/expert_parallel] [--rounds 16] [--worlds 2 4] [--dry]
+    python benchmarks/expert_parallel.py [--output runs/expert_parallel] [--rounds 20] [--worlds 2 4] [--dry]
     python benchmarks/expert_parallel.py --table                    # table and plot again from benchmarks/expert_parallel.json
 
 Under five minutes on two idle cores. Writes benchmarks/expert_parallel.json, the table in docs/throughput.md and
 docs/images/expert_parallel.png; with --dry, results.json and the plot in --output alone.
 
 Two trunks are trained first and kept in --output: recipes/quickstart.yaml with experts of width 256 (instead of 64, so that experts
-are about half of a step), up to step 300, and the same with the Switch loss.
+are about half of a step), up to step 300, and the same with the Switch loss, at a coefficient of 0.1: at the usual 0.01 loads are
+far from even by step 300.
 LAEP (beta 0.1, numbers that divide by the number of processes) plans from the first trunk's last two load windows, and
 placements see the same windows. Then, in the same gloo processes and all side by side:
 
@@ -18,9 +19,9 @@ placements see the same windows. Then, in the same gloo processes and all side b
     rearranging alone     the whole trunk, placed by lpt and by lpt_swap
 
 take turns of one untimed and two timed training steps (forward, backward, clipping, fused AdamW with a learning rate of 1e-6, so
-that routers stay as they are) on the same batches of training text, in another order in every round. Random orders are drawn
-anew in every round. Three more entries of the trunk alone, for the fit only: heaviest experts together, uneven numbers of
-experts, half the batch.
+that routers stay as they are) on the same batches of training text, in another order in every round. Random orders
+change from round to round, among ten. Four more entries of the trunk alone, for the fit only: heaviest experts together, uneven numbers of experts,
+equal loads of uneven numbers, half the batch.
 
 Processes share cores here, so that wall time says little about as many devices. CPU time of a process counts its work
 (gloo's copies included) and no waiting. Between two all-to-alls every process works by itself; a step's *critical path* is the sum over these
@@ -54,6 +55,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from moeprune import __version__, checkpoints, create
+from moeprune.balancing.balancer import Balancer
 from moeprune.compare.results import quartiles
 from moeprune.files import write_text
 from moeprune.model.experts import Experts
@@ -75,9 +77,10 @@ RESULT, PAGE, PICTURE = (
     ROOT / "docs" / "images" / "expert_parallel.png",
 )
 BEGIN, END = "<!-- benchmarks/expert_parallel.py writes from here -->", "<!-- to here -->"
+SWITCH = 0.1  # coefficient
 TRUNKS = {
     "trunk": [],
-    "switch": ["--model.balancers+=switch", "--model.balancers.coefficient=0.01"],
+    "switch": ["--model.balancers+=switch", f"--model.balancers.coefficient={SWITCH}"],
 }
 BETA, PLACEMENTS = 0.1, ("lpt", "lpt_swap")
 UNTIMED, TIMED = 1, 2  # steps of a turn
@@ -91,7 +94,7 @@ VARIANTS = {  # entry -> (label, trunk, pruned, placement: "" for random orders,
     "base lpt": ("lpt alone", "trunk", False, "lpt", "rearranging"),
     "base lpt_swap": ("lpt_swap alone", "trunk", False, "lpt_swap", "rearranging"),
 }
-FITTED = ("base", "heaviest together", "uneven numbers", "half the batch")
+FITTED = ("base", "heaviest together", "uneven numbers", "equal loads", "half the batch")
 Layouts = list[Layout]  # one per layer
 
 
@@ -142,16 +145,21 @@ class Entry:
     Args:
         checkpoint: of its trunk.
         plan: experts to keep; None for all.
-        balancers: short names.
+        balancers: of its trunk.
         orders: layouts per layer that it goes through, one a round.
         share: of the batch.
     """
 
     def __init__(
-        self, checkpoint: Path, plan: PrunePlan | None, balancers: list[str], orders: list[Layouts], share: float = 1.0
+        self,
+        checkpoint: Path,
+        plan: PrunePlan | None,
+        balancers: list[Balancer],
+        orders: list[Layouts],
+        share: float = 1.0,
     ) -> None:
         trunk = checkpoints.read(checkpoint)
-        module = MoELanguageModel(config=trunk.config, balancers=[create("balancer", name) for name in balancers])
+        module = MoELanguageModel(config=trunk.config, balancers=balancers)
         module.model = trunk.model().train()
         if plan is not None:
             apply_plan(module.model, plan)
@@ -223,7 +231,7 @@ def work(rank: int, world: int, port: str, job: dict[str, Any]) -> None:
     for name, entry in job["entries"].items():
         orders = [[Layout.of(ranks) for ranks in layers] for layers in entry["orders"]]
         checkpoint = Path(job["output"]) / entry["trunk"] / "trunk.ckpt"
-        balancers = ["switch"] if entry["trunk"] == "switch" else []
+        balancers = [create("balancer", "switch", coefficient=SWITCH)] if entry["trunk"] == "switch" else []
         entries[name] = Entry(checkpoint, plan if entry["pruned"] else None, balancers, orders, entry["share"])
     data = TextData(batch_size=job["sequences"])
     batches = data.training_batches(job["rounds"] * (UNTIMED + TIMED), TEXT_SEED, rank, world)
@@ -319,8 +327,15 @@ def entries_of(
     base = {"trunk": "trunk", "pruned": False, "share": 1.0}
     together = [Layout.of(np.array_split(order, world)) for order in by_load]
     uneven = [Layout.of(np.split(shuffled, ends[:-1]))] * len(by_load)
+    equal = []
+    for counts, order in zip(
+        whole.counts, by_load, strict=True
+    ):  # runs of experts, hottest first, of as much load each
+        done = np.cumsum(np.array(counts)[order]) / sum(counts)
+        equal.append(Layout.of(np.split(order, np.searchsorted(done, np.arange(1, world) / world) + 1)))
     found["heaviest together"] = {**base, "orders": [together]}
     found["uneven numbers"] = {**base, "orders": [uneven]}
+    found["equal loads"] = {**base, "orders": [equal]}
     found["half the batch"] = {**base, "share": 0.5, "orders": random_layouts(whole.traffic.ids)}
     plain = lambda layers: [[list(own) for own in layout.ranks] for layout in layers]  # noqa: E731
     return {name: {**entry, "orders": [plain(layers) for layers in entry["orders"]]} for name, entry in found.items()}
@@ -564,7 +579,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "expert_parallel")
     parser.add_argument("--worlds", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--rounds", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--sequences", type=int, default=8, help="of 128 tokens per step, over all processes")
     parser.add_argument("--steps", type=int, default=300, help="of the trunks")
     parser.add_argument("--width", type=int, default=256, help="of an expert")

@@ -10,7 +10,9 @@ its derivative (T K F, five times exp or so), sorting T K numbers.
 Sizes (T tokens, D, F, E experts, top-K): A 2048, 256, 256, 32, 4; B 4096, 512, 512, 64, 8; C 8192, 256, 128, 64, 2. Routing is
 drawn anew for every round, uniform or Zipf (exponent 1); all implementations see the same, in random order, one thread.
 CPU time; every figure is a ratio within a round. Peer: Qwen3-MoE's experts of transformers, whichever of its eager and grouped_mm
-backends is faster there. `--allocator kept` (default): freed memory stays with the process (mallopt), for all implementations;
+backends is faster there (--quick: grouped_mm, which it is at these sizes). Its products of half precision slow down once changing
+loads have gone through more row counts than oneDNN caches kernels for: under Zipf six rounds come before those that count, and only
+there a target for bfloat16 is set. `--allocator kept` (default): freed memory stays with the process (mallopt), for all implementations;
 with glibc's own thresholds every large temporary costs page faults, of which the peer has more.
 
 --quick: 75 s. Otherwise about 5 minutes.
@@ -40,6 +42,7 @@ SIZES: dict[str, Sizes] = {
     "B": (4096, 512, 512, 64, 8),
     "C": (8192, 256, 128, 64, 2),
 }
+# most times the floor, and most times the peer
 FLOOR = {("A", "float32"): 1.18, ("B", "float32"): 1.10, ("C", "float32"): 1.22, ("A", "bfloat16"): 1.45, ("C", "bfloat16"): 1.65}  # fmt: skip
 PEER = {("A", "float32"): 0.92, ("B", "float32"): 1.00, ("C", "float32"): 0.84, ("A", "bfloat16"): 0.62, ("C", "bfloat16"): 0.52}  # fmt: skip
 LOADS = {"uniform": 0.0, "Zipf": 1.0}
@@ -114,6 +117,7 @@ class Problem:
             yield torch.multinomial(weight.expand(T, E), K, generator=g)
 
     def forward(self, layer: Layer, indices: Tensor) -> Tensor:
+        """The output, gradients of before forgotten."""
         for tensor in (self.x, self.weights, self.gate_up, self.down):
             tensor.grad = None
         return layer(self.x, indices, self.weights, self.gate_up, self.down)
@@ -125,11 +129,12 @@ def interleaved(
     floor: Callable[[], None] | None,
     zipf: float,
     rounds: int,
+    warm: int = 1,
 ) -> dict[str, list[float]]:
-    """CPU seconds of each implementation (one layer per problem) in every round; a round before does not count."""
+    """CPU seconds of each implementation (one layer per problem) in every round; `warm` rounds before do not count."""
     seconds: dict[str, list[float]] = {name: [] for name in (*layers, *(["floor"] if floor else []))}
     routings = [problem.routings(zipf) for problem in problems]
-    for turn in range(rounds + 1):
+    for turn in range(rounds + warm):
         drawn = [next(routing) for routing in routings]
         for name in random.Random(turn).sample(list(seconds), len(seconds)):
             spent = 0.0
@@ -144,7 +149,7 @@ def interleaved(
                     began = time.process_time()
                     problem.forward(layer, indices).backward(problem.upstream)
                     spent += time.process_time() - began
-            if turn:
+            if turn >= warm:
                 seconds[name].append(spent)
     return seconds
 
@@ -154,42 +159,44 @@ def best(seconds: Mapping[str, list[float]]) -> str:
     return min((name for name in seconds if name.startswith("transformers")), key=lambda name: median(seconds[name]))
 
 
-def of_size(name: str, dtype_name: str, rounds: int, loads: Sequence[str]) -> list[Row]:
+def of_size(name: str, dtype_name: str, rounds: int, loads: Sequence[str], quick: bool) -> list[Row]:
     """One size and dtype: floor, peer, recompute, grouped_mm."""
     sizes, dtype = SIZES[name], getattr(torch, dtype_name)
+    half = dtype_name == "bfloat16"
     problem = Problem(sizes, dtype)
-    layers: dict[str, list[Layer]] = {
-        "ours": [grouped_swiglu],
-        "recompute": [recomputed_swiglu],
-        "grouped_mm": [grouped_mm_swiglu],
-        "transformers grouped_mm": [transformers_layer(sizes, "grouped_mm")],
-        "transformers eager": [transformers_layer(sizes, "eager")],
-    }
-    if name == "B":  # twice as slow there, and seconds long
-        del layers["transformers eager"], layers["grouped_mm"], layers["recompute"]
     rows = []
     for load in loads:
-        seconds = interleaved([problem], layers, dense(sizes, dtype), LOADS[load], rounds)
-        case = f"{name}, {dtype_name}, {load}"
+        layers: dict[str, list[Layer]] = {"blocks": [grouped_swiglu]}
+        if name != "B" and (half or load == "uniform"):
+            layers["grouped_mm"] = [grouped_mm_swiglu]
+        if name != "B" and not half and load == "uniform":
+            layers["recompute"] = [recomputed_swiglu]
+        for backend in ["grouped_mm"] if quick or name == "B" else ["grouped_mm", "eager"]:
+            layers[f"transformers {backend}"] = [transformers_layer(sizes, backend)]
+        warm = 6 if half and load == "Zipf" else 1
+        seconds = interleaved([problem], layers, dense(sizes, dtype), LOADS[load], rounds, warm)
         peer = best(seconds)
-        target = FLOOR.get((name, dtype_name)) if load == "uniform" else None
-        rows.append(row("expert layer / dense products", case, ratios(seconds["ours"], seconds["floor"]), target))
-        against = ratios(seconds["ours"], seconds[peer])
-        rows.append(row(f"expert layer / {peer}", case, against, PEER.get((name, dtype_name))))
-        rows += [
-            row(
-                f"{other} / blocks",
-                case,
-                ratios(seconds[other], seconds["ours"]),
-                1.2 if other == "recompute" else None,
-            )
-            for other in ("recompute", "grouped_mm")
-            if other in layers and load == "uniform"
-        ]
+        for ours in ["blocks", "grouped_mm"] if half and name != "B" else ["blocks"]:
+            case = f"{name}, {dtype_name}, {load}" + (f", backend {ours}" if ours != "blocks" else "")
+            target = FLOOR.get((name, dtype_name)) if load == "uniform" else None
+            rows.append(row("expert layer / dense products", case, ratios(seconds[ours], seconds["floor"]), target))
+            target = None if half and load == "uniform" else PEER.get((name, dtype_name))
+            rows.append(row(f"expert layer / {peer}", case, ratios(seconds[ours], seconds[peer]), target))
+        if not half:
+            rows += [
+                row(
+                    f"{other} / blocks",
+                    case,
+                    ratios(seconds[other], seconds["blocks"]),
+                    1.2 if other == "recompute" else None,
+                )
+                for other in ("recompute", "grouped_mm")
+                if other in layers
+            ]
     return rows
 
 
-def numbers_of_experts(rounds: int) -> list[Row]:
+def numbers_of_experts(rounds: int, quick: bool) -> list[Row]:
     """The same FLOPs over 32 and over 256 experts; layers pruned to different numbers, against transformers' best."""
     T, D, width, _, K = SIZES["A"]
     few, many = (Problem((T, D, width, E, K), torch.float32) for E in (32, 256))
@@ -214,13 +221,13 @@ def numbers_of_experts(rounds: int) -> list[Row]:
     del few, many
     for dtype_name in ("float32", "bfloat16"):
         pruned = [Problem((T, D, width, E, K), getattr(torch, dtype_name)) for E in (27, 21, 11)]
-        layers = {
-            "ours": [grouped_swiglu] * 3,
-            **{f"transformers {b}": [transformers_layer(p.sizes, b) for p in pruned] for b in ("grouped_mm", "eager")},
-        }
-        seconds = interleaved(pruned, layers, None, 1.0, rounds)
+        backends = ["grouped_mm"] if quick else ["grouped_mm", "eager"]
+        layers = {f"transformers {b}": [transformers_layer(p.sizes, b) for p in pruned] for b in backends}
+        layers["ours"] = [grouped_swiglu if dtype_name == "float32" else grouped_mm_swiglu] * 3
+        seconds = interleaved(pruned, layers, None, 1.0, rounds, warm=6 if dtype_name == "bfloat16" else 1)
         peer = best(seconds)
         case = f"A pruned to 27, 21, 11 experts, {dtype_name}, Zipf"
+        case += ", backend grouped_mm" if dtype_name == "bfloat16" else ""
         rows.append(row(f"expert layer / {peer}", case, ratios(seconds["ours"], seconds[peer]), PEER["A", dtype_name]))
     return rows
 
@@ -243,10 +250,11 @@ def memory_of(problem: Problem, layer: Layer) -> tuple[int, int]:
     experts._KEPT.memory = torch.empty(0, dtype=torch.uint8)
     with profile(profile_memory=True) as forward:
         out = problem.forward(layer, indices)
-    with profile(profile_memory=True) as backward:
-        out.backward(problem.upstream)
+    with profile(profile_memory=True) as backward:  # the weights' gradients are left out
+        found = torch.autograd.grad(out, [problem.x, problem.weights], problem.upstream)
     peak, kept = _peak(forward)
-    of_weights = sum(p.numel() * p.element_size() for p in (problem.gate_up, problem.down))
+    peak = max(peak, kept + _peak(backward)[0])
+    del found
     saved: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
@@ -256,7 +264,7 @@ def memory_of(problem: Problem, layer: Layer) -> tuple[int, int]:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         out = problem.forward(layer, indices)
     own = {t.untyped_storage().data_ptr() for t in (problem.x, indices, problem.weights, problem.gate_up, problem.down)}
-    return max(peak, kept + _peak(backward)[0] - of_weights), sum(n for at, n in saved.items() if at not in own)
+    return peak, sum(n for at, n in saved.items() if at not in own)
 
 
 def memory(names: Sequence[str]) -> list[Row]:
@@ -282,7 +290,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if options.allocator == "kept":
         keep_freed_memory()
-    rounds = options.rounds or (7 if options.quick else 21)
+    rounds = options.rounds or (5 if options.quick else 21)
     only = options.only.split(",")
     rows = []
     if "memory" in only:
@@ -290,13 +298,14 @@ def main() -> None:
     for name in "AC":
         if name in only:
             for dtype_name in ("float32", "bfloat16"):
-                rows += of_size(name, dtype_name, rounds, list(LOADS))
+                rows += of_size(name, dtype_name, rounds, list(LOADS), options.quick)
     if "experts" in only:
-        rows += numbers_of_experts(max(5, rounds // 2))
+        rows += numbers_of_experts(max(5, rounds // 2), options.quick)
     if "B" in only:
-        rows += of_size("B", "float32", max(3, rounds // 3), ["uniform"] if options.quick else list(LOADS))
+        loads = ["uniform"] if options.quick else list(LOADS)
+        rows += of_size("B", "float32", max(3, rounds // 3), loads, options.quick)
         if not options.quick:
-            rows += of_size("B", "bfloat16", rounds // 3, list(LOADS))
+            rows += of_size("B", "bfloat16", rounds // 3, list(LOADS), options.quick)
     report(rows, options)
 
 

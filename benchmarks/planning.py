@@ -46,9 +46,15 @@ def evidence(n_layers: int) -> Evidence:
         stats: dict[str, Any] = {name: rng.lognormal(size=EXPERTS) for name in STATISTICS}
         stats |= {name: rng.lognormal(size=(EXPERTS, 3)) for name in ("w1", "w2", "w_n")}
         gram = rng.normal(size=(EXPERTS, 300))
-        stats |= {"logit_gram": gram @ gram.T, "mean_f": rng.normal(size=(EXPERTS, 64)), "ablation": np.array(rng.random())}
+        stats |= {
+            "logit_gram": gram @ gram.T,
+            "mean_f": rng.normal(size=(EXPERTS, 64)),
+            "ablation": np.array(rng.random()),
+        }
         counts = rng.integers(1, 10**6, EXPERTS)
-        layers.append(LayerEvidence(tuple(range(EXPERTS)), EXPERTS, {**stats, "counts": counts, "g0f0": counts.astype(float)}))
+        layers.append(
+            LayerEvidence(tuple(range(EXPERTS)), EXPERTS, {**stats, "counts": counts, "g0f0": counts.astype(float)})
+        )
     return Evidence(tuple(layers), 8, {"step": 0})
 
 
@@ -91,10 +97,14 @@ def main() -> None:
                 times.append(time.perf_counter() - began)
             (merging if name in ("m_smoe", "hc_smoe") else medians)[name] = quartiles(times)[1]
         slowest = max(medians, key=medians.__getitem__)
-        found = row(f"planning {shape} from saved evidence", f"slowest of {len(medians)}: {slowest}", [0], PLAN, "seconds")
+        found = row(
+            f"planning {shape} from saved evidence", f"slowest of {len(medians)}: {slowest}", [0], PLAN, "seconds"
+        )
         q1, _, q3 = quartiles(list(medians.values()))
         rows.append({**found, "seconds": medians[slowest], "q1": q1, "q3": q3, "met": medians[slowest] <= PLAN})
-        rows += [row(f"planning {shape}, merging", name, [seconds], None, "seconds") for name, seconds in merging.items()]
+        rows += [
+            row(f"planning {shape}, merging", name, [seconds], None, "seconds") for name, seconds in merging.items()
+        ]
         counts = Path(scratch) / "counts.json"
         counts.write_text(json.dumps(np.random.default_rng(0).integers(1, 10**6, (options.layers, EXPERTS)).tolist()))
         starts = {

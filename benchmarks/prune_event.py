@@ -43,7 +43,9 @@ def main() -> None:
                     steps.append(seconds)
 
             training(
-                AT + 2, each, ExpertPruning(create("pruner", name, **PRUNERS[name]), create("trigger", "at_step", step=AT))
+                AT + 2,
+                each,
+                ExpertPruning(create("pruner", name, **PRUNERS[name]), create("trigger", "at_step", step=AT)),
             )
             measured, step = validation.take(), statistics.median(steps)
             stops.append((prune.take() - measured) / step)

@@ -146,8 +146,19 @@ def main() -> None:
     rows = [
         row("streaming surgery / cp and sync", case, over["cp, sync"], 1.5),
         row("streaming surgery / cp into the page cache", case, over["cp"], 1.5),
-        row("streaming surgery, peak memory / shard", f"{case}, shards of {options.shard_mb} MB", [p / shard for p in peaks], 2),
-        row("streaming surgery", f"{case}; {quartiles(opened)[1]:.2f} s of it finding tensors", seconds["prune"], None, "seconds"),
+        row(
+            "streaming surgery, peak memory / shard",
+            f"{case}, shards of {options.shard_mb} MB",
+            [p / shard for p in peaks],
+            2,
+        ),
+        row(
+            "streaming surgery",
+            f"{case}; {quartiles(opened)[1]:.2f} s of it finding tensors",
+            seconds["prune"],
+            None,
+            "seconds",
+        ),
     ]
     rows += [row(what, case, seconds[what], None, "seconds") for what in over]
     report(rows, options)

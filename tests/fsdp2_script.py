@@ -3,7 +3,7 @@
 A job is {"args": [...]} for `moeprune <args>`. Optional keys: "metrics", a file for the metrics at the end; "error", a file (.<rank>
 is added) for the sentence of the UserError that is expected; "shares", a file (.<rank> is added) for the bytes of this process's
 share of the parameters and of the optimizer's moments before and after every prune and at the end; "patch", a function of this
-file that stands in for `pieces.write`.
+file that returns a context to run it in.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ import shutil
 import sys
 import traceback
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytorch_lightning as pl
 from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.fsdp import FSDPModule
 
 from moeprune.errors import UserError
+from moeprune.model import transformer
 from moeprune.parallel import pieces
 from moeprune.parallel.fsdp import FullyShardedStrategy
 from moeprune.parallel.together import local
@@ -56,13 +59,29 @@ def shares(trainer: pl.Trainer) -> list[int]:
     return [strategy.local_bytes(), bytes_of_moments, sum(p.numel() for p in parameters)]
 
 
-def no_space_at_step_10(checkpoint: dict[str, Any], path: Path, first: bool) -> None:
+def no_space_at_step_10() -> Any:
     """The disk of process 1 is full."""
-    if checkpoint["global_step"] < 10:
-        WRITE(checkpoint, path, first)
-    else:
-        with mock.patch.object(FileSystemWriter, "write_data", full if RANK else FileSystemWriter.write_data):
+
+    def write(checkpoint: dict[str, Any], path: Path, first: bool) -> None:
+        late = checkpoint["global_step"] >= 10
+        with mock.patch.object(FileSystemWriter, "write_data", full) if late and RANK else nullcontext():
             WRITE(checkpoint, path, first)
+
+    return mock.patch.object(pieces, "write", write)
+
+
+def one_block_at_a_time() -> Any:
+    """When a block is built in memory, those before it are sharded."""
+    blocks: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    class Checked(transformer.Block):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            if not self.moe.experts.down.is_meta:
+                assert all(isinstance(block, FSDPModule) for block in blocks)
+                blocks.add(self)
+
+    return mock.patch.object(transformer, "Block", Checked)
 
 
 def full(*args: Any) -> None:
@@ -85,9 +104,9 @@ def main(jobs: list[dict[str, Any]]) -> None:
                 found.append(shares(trainer))
 
         expert_pruning.prune = pruned
-        pieces.write = globals()[job["patch"]] if "patch" in job else WRITE
         try:
-            trainer = run(job["args"]).trainer
+            with globals()[job["patch"]]() if "patch" in job else nullcontext():
+                trainer = run(job["args"]).trainer
             if "shares" in job:
                 Path(f"{job['shares']}.{RANK}").write_text(json.dumps([*found, shares(trainer)]))
             if RANK == 0 and "metrics" in job:

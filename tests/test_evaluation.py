@@ -255,9 +255,7 @@ def test_shared_beginnings_change_no_answer(
 
 @settings(max_examples=50, deadline=None)
 @given(asked=asked(), tokens=st.integers(1, 60))
-def test_packed_rows_hold_every_row_once(
-    asked: list[tuple[tuple[int, ...], tuple[int, ...]]], tokens: int
-) -> None:
+def test_packed_rows_hold_every_row_once(asked: list[tuple[tuple[int, ...], tuple[int, ...]]], tokens: int) -> None:
     rows = [row for row, _ in asked]
     groups = packed(rows, 40)
     assert sorted(row for group in groups for row in group.rows) == sorted(set(rows))

@@ -107,12 +107,10 @@ def each_swiglu(x: Tensor, indices: Tensor, gate_up: Tensor, down: Tensor) -> Te
     gate_up_t, down_t = gate_up.transpose(1, 2).unbind(0), down.transpose(1, 2).unbind(0)
     for a, b, experts, sizes in rows.blocks:
         xs, gu, h, y = x.index_select(0, rows.choice[a:b] // K), gu_[: b - a], h_[: b - a], y_[: b - a]
-        for e, rows_in, rows_out in zip(experts, xs.split_with_sizes(sizes), gu.split_with_sizes(sizes), strict=True):
-            torch.mm(rows_in, gate_up_t[e], out=rows_out)
+        _products(xs, gate_up_t, gu, experts, sizes)
         gate, up = gu.to(torch.promote_types(gu.dtype, torch.float32)).chunk(2, 1)
         torch.mul(F.silu(gate), up, out=h)
-        for e, rows_in, rows_out in zip(experts, h.split_with_sizes(sizes), y.split_with_sizes(sizes), strict=True):
-            torch.mm(rows_in, down_t[e], out=rows_out)
+        _products(h, down_t, y, experts, sizes)
         out.index_copy_(0, rows.choice[a:b], y)  # a row that pads repeats the one before it
     return out.view(T, K, D)
 
@@ -203,6 +201,7 @@ def _scratch(
     else:
         ends = list(itertools.accumulate(-(-rows * n * dtype.itemsize // 64) * 64 for dtype, n in wanted))
         if _KEPT.memory.numel() < ends[-1]:
+            _KEPT.memory = _KEPT.memory[:0].clone()  # free it first
             with torch.inference_mode(False):
                 _KEPT.memory = torch.empty(ends[-1], dtype=torch.uint8)
         made = [
@@ -210,6 +209,12 @@ def _scratch(
             for start, (dtype, n) in zip([0, *ends], wanted, strict=False)
         ]
     return made[: len(narrow_widths)], made[len(narrow_widths) :]
+
+
+def _weights(weights: Tensor, choice: Tensor, padding: Tensor | None) -> Tensor:
+    """[S, 1] combine weight of each row; 0 for padding."""
+    w = weights.reshape(-1).index_select(0, choice)
+    return (w if padding is None else w.masked_fill_(padding, 0))[:, None]
 
 
 def _copied(x: Tensor, into: Tensor) -> Tensor:
@@ -234,10 +239,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
         (T, K), (E, F2, D) = indices.shape, gate_up.shape
         f = F2 // 2
         rows = _sorted(indices, E, _multiple(x))
-        w = weights.reshape(-1).index_select(0, rows.choice)
-        if rows.padding is not None:
-            w.masked_fill_(rows.padding, 0)
-        w = w[:, None]
+        w = _weights(weights, rows.choice, rows.padding)
         (xs_, y_, h_, gu_), (wide_gu_, wide_h_, wide_y_) = _scratch(rows.longest, x, (D, D, f, F2), w, (F2, f, D))
         if x.dtype == w.dtype:
             wide_gu_, wide_h_, wide_y_ = gu_, h_, y_
@@ -249,27 +251,26 @@ class _GroupedSwiGLU(torch.autograd.Function):
             n, token = b - a, token_[a:b]
             xs, gu, h, y = xs_[:n], gu_[a:b] if save else gu_[:n], h_[:n], y_[:n]
             torch.index_select(x, 0, token, out=xs)
-            for e, rows_in, rows_out in zip(
-                experts, xs.split_with_sizes(sizes), gu.split_with_sizes(sizes), strict=True
-            ):
-                torch.mm(rows_in, gate_up_t[e], out=rows_out)
+            _products(xs, gate_up_t, gu, experts, sizes)
             gate, up = _copied(gu, wide_gu_).chunk(2, 1)
             act = wide_h_[:n]
             torch.ops.aten.silu.out(gate, out=act)
             act.mul_(up).mul_(w[a:b])
             h = _copied(act, h_)
-            for e, rows_in, rows_out in zip(experts, h.split_with_sizes(sizes), y.split_with_sizes(sizes), strict=True):
-                torch.mm(rows_in, down_t[e], out=rows_out)
+            _products(h, down_t, y, experts, sizes)
             out.index_add_(0, token, _copied(y, wide_y_))
-        ctx.save_for_backward(x, rows.choice, w, gate_up, down, gu_ if save else None)
-        ctx.rows, ctx.shape = rows._replace(choice=rows.choice[:0]), (T, K)
+        ctx.save_for_backward(
+            x, weights, gate_up, down, rows.choice.to(torch.int32), rows.padding, gu_ if save else None
+        )
+        ctx.blocks, ctx.longest = rows.blocks, rows.longest
         return out.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, choice, w, gate_up, down, saved = ctx.saved_tensors
-        (T, K), (E, F2, D), rows = ctx.shape, gate_up.shape, ctx.rows
+        x, weights, gate_up, down, choice, padding, saved = ctx.saved_tensors
+        (T, K), (E, F2, D) = weights.shape, gate_up.shape
         f = F2 // 2
+        w = _weights(weights, choice, padding)
         for_x, _, for_w, for_gate_up, for_down, _ = ctx.needs_input_grad
         dout = grads[0].contiguous()
         dx = w.new_zeros(T, D) if for_x else None
@@ -279,7 +280,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
         (
             (xs_, dy_, dh_, h_, d_gu_, act_, d_act_, gu_),
             (wide_act_, wide_d_act_, wide_h_, wide_dh_, wide_gu_, wide_dy_),
-        ) = _scratch(rows.longest, x, (D, D, f, f, F2, f, f, F2 if saved is None else 0), w, (f, f, f, f, F2, D))
+        ) = _scratch(ctx.longest, x, (D, D, f, f, F2, f, f, F2 if saved is None else 0), w, (f, f, f, f, F2, D))
         if x.dtype == w.dtype:
             wide_act_, wide_d_act_, wide_h_, wide_dh_, wide_gu_, wide_dy_ = act_, d_act_, h_, dh_, d_gu_, dy_
         token_ = choice // K
@@ -287,7 +288,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
         d_gate_up_e = [] if d_gate_up is None else d_gate_up.unbind(0)
         d_down_e = [] if d_down is None else d_down.unbind(0)
         written = [False] * E
-        for a, b, experts, sizes in rows.blocks:
+        for a, b, experts, sizes in ctx.blocks:
             n, token, w_ = b - a, token_[a:b], w[a:b]
             xs, dy, dh, act, d_act, product = xs_[:n], dy_[:n], dh_[:n], wide_act_[:n], wide_d_act_[:n], wide_h_[:n]
             torch.index_select(x, 0, token, out=xs)
@@ -296,14 +297,8 @@ class _GroupedSwiGLU(torch.autograd.Function):
                 gu = saved[a:b]
             else:
                 gu = gu_[:n]
-                for e, rows_in, rows_out in zip(
-                    experts, xs.split_with_sizes(sizes), gu.split_with_sizes(sizes), strict=True
-                ):
-                    torch.mm(rows_in, gate_up_t[e], out=rows_out)
-            for e, rows_in, rows_out in zip(
-                experts, dy.split_with_sizes(sizes), dh.split_with_sizes(sizes), strict=True
-            ):
-                torch.mm(rows_in, down_e[e], out=rows_out)
+                _products(xs, gate_up_t, gu, experts, sizes)
+            _products(dy, down_e, dh, experts, sizes)
             gate, up = _copied(gu, wide_gu_).chunk(2, 1)
             d_h = _copied(dh, wide_dh_)  # of the output before its combine weight
             d_gu = wide_gu_[:n]  # below float32 gate and up lie there: each is overwritten when it has served
@@ -318,23 +313,15 @@ class _GroupedSwiGLU(torch.autograd.Function):
             torch.ops.aten.silu_backward.grad_input(d_act, gate, grad_input=d_gu[:, :f])
             torch.mul(d_h, act, out=d_gu[:, f:])
             d_gu = _copied(d_gu, d_gu_)
-            h_e, d_gu_e, xs_e, dy_e = (
-                h.split_with_sizes(sizes),
-                d_gu.split_with_sizes(sizes),
-                xs.split_with_sizes(sizes),
-                dy.split_with_sizes(sizes),
-            )
-            if d_down is not None:
-                for e, rows_dy, rows_h in zip(experts, dy_e, h_e, strict=True):
-                    _product(rows_dy.t(), rows_h, d_down_e[e], written[e])
-            if d_gate_up is not None:
-                for e, rows_d_gu, rows_in in zip(experts, d_gu_e, xs_e, strict=True):
-                    _product(rows_d_gu.t(), rows_in, d_gate_up_e[e], written[e])
-            for e in experts:
+            pieces = [rows_of.split_with_sizes(sizes) for rows_of in (dy, h, d_gu, xs)]
+            for e, dy_e, h_e, d_gu_e, xs_e in zip(experts, *pieces, strict=True):
+                if d_down is not None:
+                    _product(dy_e.t(), h_e, d_down_e[e], written[e])
+                if d_gate_up is not None:
+                    _product(d_gu_e.t(), xs_e, d_gate_up_e[e], written[e])
                 written[e] = True
-            if dx is not None:
-                for e, rows_d_gu, rows_out in zip(experts, d_gu_e, dy_e, strict=True):  # dy has served
-                    torch.mm(rows_d_gu, gate_up_e[e], out=rows_out)
+                if dx is not None:
+                    torch.mm(d_gu_e, gate_up_e[e], out=dy_e)  # dy has served
             if dx is not None:
                 dx.index_add_(0, token, _copied(dy, wide_dy_))
         for e in range(E):
@@ -344,9 +331,18 @@ class _GroupedSwiGLU(torch.autograd.Function):
                         results[e].zero_()
         d_weights = None
         if for_w:
-            valid = slice(None) if rows.padding is None else ~rows.padding
-            d_weights = dw.new_empty(T * K).index_copy_(0, choice[valid], dw[valid, 0]).view(T, K)
+            valid = slice(None) if padding is None else ~padding
+            d_weights = dw.new_empty(T * K).index_copy_(0, choice[valid].long(), dw[valid, 0]).view(T, K)
         return None if dx is None else dx.to(x.dtype), None, d_weights, d_gate_up, d_down, None
+
+
+def _products(
+    rows_in: Tensor, matrices: Sequence[Tensor], rows_out: Tensor, experts: Sequence[int], sizes: Sequence[int]
+) -> None:
+    """Each expert's rows times its matrix."""
+    pieces = zip(experts, rows_in.split_with_sizes(sizes), rows_out.split_with_sizes(sizes), strict=True)
+    for expert, piece_in, piece_out in pieces:
+        torch.mm(piece_in, matrices[expert], out=piece_out)
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:

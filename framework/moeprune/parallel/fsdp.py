@@ -14,11 +14,12 @@ from pytorch_lightning.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.optim import Optimizer
 
 from moeprune.checkpoints import read_lightning
 from moeprune.errors import UserError
-from moeprune.model.transformer import MoETransformer
+from moeprune.model.transformer import Block, MoETransformer
 from moeprune.parallel.dispatch import Sharded
 from moeprune.parallel.pieces import Rows, spread
 from moeprune.parallel.together import Together, check_names, local
@@ -102,16 +103,37 @@ class FullyShardedStrategy(Together, ModelParallelStrategy):
 
     def sharded(self, model: MoETransformer) -> MoETransformer:
         """The model itself, of whose parameters this process keeps its share."""
-        options: dict[str, Any] = {"mesh": self.mesh, "shard_placement_fn": self._placement}
-        for block in model.blocks:
-            # balancing terms read a router's weights after the forward pass
-            fully_shard(block.moe.router, reshard_after_forward=False, **options)  # type: ignore[union-attr, arg-type]
-            fully_shard(block, reshard_after_forward=True, ignored_params=self._left_out(block), **options)
-        fully_shard(model, reshard_after_forward=False, **options)
+        for index, block in enumerate(model.blocks):
+            self._shard_block(block, index)
+        fully_shard(model, mesh=self.mesh, reshard_after_forward=False, shard_placement_fn=self._placement)
         register_fsdp_forward_method(model, "forward_with_routing")
         return model
 
-    def _left_out(self, block: nn.Module) -> set[nn.Parameter]:
+    @contextmanager
+    def building(self) -> Iterator[None]:
+        """While the context lasts, a block is sharded as soon as it is built, before the next one is."""
+
+        def built(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+            if isinstance(child, Block):
+                self._shard_block(child, int(name))
+
+        handle = register_module_module_registration_hook(built)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _shard_block(self, block: Any, index: int) -> None:
+        """Nothing, if it is sharded."""
+        if isinstance(block, FSDPModule):
+            return
+        options: dict[str, Any] = {"mesh": self.mesh, "shard_placement_fn": self._placement}
+        left_out = self._left_out(block, index)
+        # balancing terms read a router's weights after the forward pass
+        fully_shard(block.moe.router, reshard_after_forward=False, **options)
+        fully_shard(block, reshard_after_forward=True, ignored_params=left_out, **options)
+
+    def _left_out(self, block: Any, index: int) -> set[nn.Parameter]:
         """Parameters of a block that are not sharded."""
         return set()
 

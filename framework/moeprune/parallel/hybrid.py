@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moeprune.model.experts import Experts
-from moeprune.model.transformer import MoETransformer
-from moeprune.parallel.dispatch import AllToAll, Local, Sharded
+from moeprune.parallel.dispatch import AllToAll, Sharded
 from moeprune.parallel.fsdp import FullyShardedStrategy
 from moeprune.parallel.layout import Layout
 from moeprune.parallel.strategy import ExpertParallel, shard
@@ -50,18 +49,13 @@ class ExpertParallelFullyShardedStrategy(ExpertParallel, FullyShardedStrategy):
 
     # -- sharding ------------------------------------------------------------------------------------------------------
 
-    def sharded(self, model: MoETransformer) -> MoETransformer:
-        """The model itself, of which this process keeps its experts and its share of the other parameters."""
+    def _left_out(self, block: Any, index: int) -> set[nn.Parameter]:
+        """The experts of a block, once dealt out."""
+        experts: Experts = block.moe.experts
         if self.ep_size > 1:
-            for index, layer in enumerate(model.moe_layers):
-                if isinstance(layer.experts.dispatcher, Local):
-                    layout = self._layout(index, layer.n_experts)
-                    shard(layer.experts, self._dispatcher(layout, self.expert_group))
-        return super().sharded(model)
-
-    def _left_out(self, block: nn.Module) -> set[nn.Parameter]:
-        experts = [m for m in block.modules() if isinstance(m, Experts) and isinstance(m.dispatcher, Sharded)]
-        return {parameter for m in experts for parameter in m.parameters()}
+            layout = self._layout(index, block.moe.n_experts)
+            shard(experts, self._dispatcher(layout, self.expert_group))
+        return set(experts.parameters()) if isinstance(experts.dispatcher, Sharded) else set()
 
     def _dealt(self) -> Mapping[str, Sharded]:
         return self._sharded()

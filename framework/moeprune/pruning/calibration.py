@@ -161,11 +161,11 @@ class Recording:
         for name, statistic in self.measured.items():
             part = statistic.measure(seen)
             if name not in totals:
-                totals[name] = part
+                totals[name] = part.clone()  # parts may be shared
             elif statistic.reduce == "sum":
-                totals[name] = totals[name] + part  # not in place: parts may be shared
+                totals[name] += part
             else:
-                totals[name] = torch.maximum(totals[name], part)
+                torch.maximum(totals[name], part, out=totals[name])
 
     def state(self) -> dict[str, Tensor]:
         """Everything measured so far, for `load_state` of another process."""
@@ -280,7 +280,7 @@ def _of_weights(name: str, weights: Mapping[str, Tensor], index: int) -> NDArray
 
 def _combined(weights: Tensor, f: Tensor) -> Tensor:
     """[T, D] sum of outputs f [T, K, D] times weights [T, K]: K passes over f, where a matrix product per token is slow."""
-    total = weights[:, :1] * f[:, 0]
+    total: Tensor = weights[:, :1] * f[:, 0]
     for k in range(1, f.shape[1]):
         total.addcmul_(weights[:, k : k + 1], f[:, k])
     return total
@@ -328,10 +328,10 @@ class _Watch:
         """[T, D], as the layer's own experts."""
         outputs = "outputs" in self._recording.reads
         with_gradients = torch.is_grad_enabled()
-        out = None if outputs and not with_gradients else self._forward(x, indices, weights)
+        out: Tensor | None = None if outputs and not with_gradients else self._forward(x, indices, weights)
         with torch.no_grad():
             T, K = indices.shape
-            parts = []
+            parts: list[Tensor] = []
             step = max(1, ROWS // K)
             for a in range(0, T, step):
                 b = min(a + step, T)
@@ -361,27 +361,27 @@ class _Watch:
     def _hand_over(
         self, rows: slice, x: Tensor, indices: Tensor, weights: Tensor, f: Tensor | None, combined: Tensor | None
     ) -> None:
-        keep = slice(None) if self._mask is None else self._mask[rows]
+        keep = None if self._mask is None else self._mask[rows]
 
-        def cut(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor[rows][keep]
+        def real(tensor: Tensor) -> Tensor:
+            return tensor if keep is None else tensor[keep]
 
-        chosen, used = indices[keep], weights[keep].detach()
+        chosen, used = real(indices), real(weights).detach()
         gates = used
         if self._recording.gate != "weight":
             assert self._probs is not None
-            gates = self._probs[rows][keep].gather(1, chosen)
+            gates = real(self._probs[rows]).gather(1, chosen)
             if self._recording.gate == "topk":
                 gates = gates / gates.sum(1, keepdim=True)
         seen = Seen(
             self._layer.n_experts,
-            x[keep].detach(),
-            None if f is None else f[keep],
-            None if combined is None else combined[keep],
+            real(x).detach(),
+            None if f is None else real(f),
+            None if combined is None else real(combined),
             chosen,
             used,
             gates.double(),
-            cut(self._logits),
-            cut(self._residual),
+            None if self._logits is None else real(self._logits[rows]),
+            None if self._residual is None else real(self._residual[rows]),
         )
         self._recording.add(self._index, seen)

@@ -42,6 +42,10 @@ class Seen:
     residual: Tensor | None
 
     @cached_property
+    def _chosen(self) -> Tensor:
+        return self.indices.flatten()
+
+    @cached_property
     def norms(self) -> Tensor:
         """[T, K] float64, Euclidean norm of the experts' outputs."""
         assert self.outputs is not None
@@ -51,7 +55,7 @@ class Seen:
     @cached_property
     def counts(self) -> Tensor:
         """[E] int64, tokens that chose the expert."""
-        return torch.bincount(self.indices.flatten(), minlength=self.n_experts)
+        return torch.bincount(self._chosen, minlength=self.n_experts)
 
     @cached_property
     def sums(self) -> Tensor:
@@ -61,9 +65,9 @@ class Seen:
 
     def per_expert(self, values: Tensor) -> Tensor:
         """Sum of values [T, K, ...] by expert: [E, ...] float64."""
-        flat, chosen = values.flatten(0, 1), self.indices.flatten()
-        if flat.ndim == 1:
-            return torch.bincount(chosen, flat.double(), minlength=self.n_experts).double()  # int64 without tokens
+        flat, chosen = values.flatten(0, 1), self._chosen
+        if flat.ndim == 1 and len(flat):
+            return torch.bincount(chosen, flat.double(), minlength=self.n_experts)
         sums = flat.new_zeros(self.n_experts, *flat.shape[1:], dtype=torch.float64)
         rows = max(1, 2**17 // math.prod(flat.shape[1:]))  # whose float64 copy fits the cache
         for i in range(0, len(flat), rows):

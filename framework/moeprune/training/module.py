@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,8 @@ class MoELanguageModel(pl.LightningModule):
         """Build the model, the same one for the same `init_seed`, whatever ran before; or read it from `checkpoint`."""
         if self.model is not None:
             return
+        strategy: Any = self.trainer.strategy
+        sharding = isinstance(strategy, FullyShardedStrategy)
         if self.checkpoint is not None:
             start = native.read(self.checkpoint)
             with torch.random.fork_rng(devices=[]):
@@ -136,9 +139,9 @@ class MoELanguageModel(pl.LightningModule):
         else:
             data = getattr(self.trainer, "datamodule", None)
             store = getattr(data, "store", None) if self.unigram_bias else None
-            model = initial_model(self.config, self.init_seed, None if store is None else store.log_unigrams())
-        strategy = self.trainer.strategy
-        self.model = strategy.sharded(model) if isinstance(strategy, FullyShardedStrategy) else model
+            with strategy.building() if sharding else nullcontext():
+                model = initial_model(self.config, self.init_seed, None if store is None else store.log_unigrams())
+        self.model = strategy.sharded(model) if sharding else model
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits [B, S, V] of tokens [B, S]."""

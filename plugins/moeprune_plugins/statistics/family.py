@@ -6,7 +6,6 @@ from functools import reduce
 from operator import mul
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from moeprune.pruning.statistic import Seen, Statistic
