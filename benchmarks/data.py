@@ -5,7 +5,7 @@
 Floor: copying 8 x 129 tokens of two bytes from a memory-mapped file. A run of the quick start's model with Lightning: time in
 `TrainBatches.batch` over the time of a step, CPU seconds of one thread, in the training process itself (there are no workers);
 median and quartiles over blocks of 20 steps; target 0.02. Below: the first use of a corpus, which trains the tokenizer and encodes
-25.7 million characters (with --quick one of its five domains), and every later one.
+all of it (with --quick one of its five domains), and every later one.
 """
 
 from __future__ import annotations

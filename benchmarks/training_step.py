@@ -14,7 +14,7 @@ Peer: Qwen3-MoE of transformers with its grouped_mm experts, scaled_dot_product_
 fused AdamW, the same cross-entropy and the same allocator (see experts.py). One thread, CPU time, ratios of steps of the same round,
 in random order.
 
---quick: 75 s. Otherwise about 4 minutes.
+--quick: 80 s. Otherwise about 4 minutes.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if options.allocator == "kept":
         keep_freed_memory()
-    rounds = options.rounds or (5 if options.quick else 15)
+    rounds = options.rounds or (4 if options.quick else 15)
     rows = of_shape(16, 256, rounds, with_pruned=not options.quick)
     rows += of_shape(2, 128, 3 * rounds, with_pruned=True)
     report(rows, options)

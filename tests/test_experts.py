@@ -227,6 +227,16 @@ def test_a_token_that_is_not_finite_spoils_only_its_experts() -> None:
     assert dx[torch.arange(40) != 7].isfinite().all()
 
 
+def test_grouped_mm_never_waits_for_the_device() -> None:
+    """On the meta device no number can be read; shapes alone must do, forward and backward."""
+    args = problem(40, 16, 8, 4, 2, 0, torch.bfloat16)
+    meta = [a.detach().to("meta").requires_grad_(a.requires_grad) for a in args]
+    out = find_backend("grouped_mm")(*meta)
+    leaves = [a for a in meta if a.requires_grad]
+    gradients = torch.autograd.grad(out, leaves, torch.empty_like(out))
+    assert [g.shape for g in gradients] == [a.shape for a in leaves]
+
+
 def saved_by(backend: Backend, args: list[Tensor]) -> int:
     """Bytes kept for the backward pass besides the arguments."""
     saved: dict[int, int] = {}

@@ -113,6 +113,28 @@ def disagree(path: Path) -> None:
     index.write_text(json.dumps(data))
 
 
+def without(name: str) -> Callable[[Path], None]:
+    """The tensor is in no file, and no index names it."""
+
+    def change(path: Path) -> None:
+        from safetensors.torch import save_file
+
+        index = path / "model.safetensors.index.json"
+        data = json.loads(index.read_text())
+        shard = path / data["weight_map"].pop(name)
+        index.write_text(json.dumps(data))
+        with safe_open(shard, framework="pt") as opened:
+            left = {each: opened.get_tensor(each) for each in opened.keys() if each != name}  # noqa: SIM118
+        save_file(left, shard, metadata={"format": "pt"})
+
+    return change
+
+
+def wider(path: Path) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "moe_intermediate_size": 24}))
+
+
 def pickled(path: Path) -> None:
     for shard in shards(path):
         shard.unlink()
@@ -135,6 +157,8 @@ def no_tokenizer(path: Path) -> None:
 
 
 REAP = ["--pruner=reap", *SHORT]
+ATTENTION, ROUTER = "model.layers.1.self_attn.q_proj.weight", "model.layers.1.mlp.gate.weight"
+EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
 MAGNITUDE = ["--pruner=magnitude"]
 
 
@@ -150,7 +174,16 @@ MAGNITUDE = ["--pruner=magnitude"]
         (pickled, REAP, "pytorch_model.bin is a pickle, which is not read"),
         (dense, REAP, "no number of experts | 'llama'"),
         (no_tokenizer, REAP, "holds no tokenizer"),
-        (lambda path: (path / "config.json").write_text('{"model_type": "nothing"}'), REAP, "cannot load | nothing"),
+        (lambda path: (path / "config.json").write_text('{"model_type": "nothing"}'), REAP, "cannot read | nothing"),
+        *(
+            (without(name), options, f"lacks | {name.rpartition('.experts.')[0] or name} | complete the download")
+            for name in (ATTENTION, ROUTER, EXPERT)
+            for options in (REAP, [*REAP, "--layerwise"], MAGNITUDE)
+            if (name, options) != (EXPERT, MAGNITUDE)  # which counts them, see test_streaming.py
+        ),
+        (wider, REAP, "has shape | its configuration asks for"),
+        (lambda path: (path / "model.safetensors.index.json").write_text("[]"), REAP, "is no JSON object"),
+        (lambda path: (path / "moeprune.json").write_text("[]"), REAP, "is no JSON object"),
     ],
 )
 def test_broken_checkpoints(
@@ -183,16 +216,56 @@ def test_broken_checkpoints(
         (["--pruner=taylor", "--layerwise", *SHORT], "taylor cannot be measured layer by layer"),
         (["--pruner=reap", "--uniform_view", "--min_keep=[8,4,4]", *SHORT], "expected int"),
         ([*REAP, "--calibration_batches=0"], "calibration_batches must be at least 1"),
+        ([*REAP, "--batch_size=0"], "batch_size must be at least 1"),
+        ([*REAP, "--seq_len=-5"], "seq_len must be at least 1"),
+        ([*REAP, "--seed=-1"], "seed must be at least 0"),
+        ([*REAP, "--device=meta"], "device 'meta' cannot be used here"),
+        ([*REAP, "--output=/proc/nowhere/out"], "cannot write /proc/nowhere/out"),
     ],
 )
 def test_bad_options(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], words: str
 ) -> None:
-    assert run("prune", folder, *options, f"--output={tmp_path / 'out'}") == 2
+    assert run("prune", folder, f"--output={tmp_path / 'out'}", *options) == 2
     sentence = capsys.readouterr().err
     assert any(word in sentence for word in words.split(" | ")), sentence
     assert "Traceback" not in sentence
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [["--pruner=frequency", *SHORT], MAGNITUDE], ids=["in memory", "streaming"])
+def test_nothing_but_another_model_is_overwritten(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.tex").write_text("years of work")
+    shutil.copytree(folder / "model", tmp_path / "all" / "in")
+    model, data = tmp_path / "all" / "in", f"--data={folder / 'text.txt'}"
+    before = weights(model)
+    for output, words in (
+        (precious, "holds something else than a model"),
+        (model, "holds the source itself"),
+        (model.parent, "holds the source itself"),
+    ):
+        assert run("prune", folder, *options, data, f"--output={output}", "--overwrite", model=model) == 2
+        assert words in capsys.readouterr().err
+    assert (precious / "thesis.tex").exists()
+    assert all(torch.equal(before[name], value) for name, value in weights(model).items())
+    for _ in range(2):
+        assert run("prune", folder, *options, data, f"--output={tmp_path / 'out'}", "--overwrite", model=model) == 0
+
+
+def test_a_uniform_view_is_not_pruned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its padding would count as experts."""
+    model = tmp_path / "model"
+    build("dots1").save_pretrained(model)
+    (model / "moeprune.json").write_text(
+        json.dumps({"format": "moeprune.transformers/1", "expert_ids": [[0, 1, 2, 3, 4, 5, 6, -1]], "n_original": 8})
+    )
+    for options in (["--layerwise"], []):
+        assert main(["prune", f"--model={model}", *REAP, *options, f"--output={tmp_path / 'out'}"]) == 2
+        assert "is a uniform view" in capsys.readouterr().err
 
 
 def test_names_that_are_nowhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

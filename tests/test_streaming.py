@@ -423,7 +423,7 @@ def test_what_fails_in_the_middle_leaves_everything_as_it_was(
     plan, output = keep(source, [4, 4, 4]), tmp_path / "pruned"
     if overwrite:
         output.mkdir()
-        (output / "precious").write_text("mine")
+        (output / "precious.safetensors").write_text("mine")
     calls: list[int] = []
     copy = streaming._copy
 
@@ -438,9 +438,9 @@ def test_what_fails_in_the_middle_leaves_everything_as_it_was(
         with pytest.raises(raised, match=what):
             prune_streaming(source, output, plan, overwrite=overwrite, max_shard_size=SHARD)
     assert {p.name for p in tmp_path.iterdir()} == {"source"} | ({"pruned"} if overwrite else set())
-    assert not overwrite or [p.name for p in output.iterdir()] == ["precious"]
+    assert not overwrite or [p.name for p in output.iterdir()] == ["precious.safetensors"]
     prune_streaming(source, output, plan, overwrite=overwrite, max_shard_size=SHARD)
-    assert not (output / "precious").exists()
+    assert not (output / "precious.safetensors").exists()
     assert {p.name for p in tmp_path.iterdir()} == {"source", "pruned"}
 
 

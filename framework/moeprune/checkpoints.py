@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moeprune.errors import UserError
-from moeprune.files import new_folder, read_json, write_text
+from moeprune.files import model_folder, read_json, write_text
 from moeprune.model.config import MoEConfig
 from moeprune.model.transformer import MoETransformer
 from moeprune.pruning.plan import PrunePlan
@@ -193,11 +193,7 @@ def export(checkpoint: Checkpoint, path: str | Path, overwrite: bool = False) ->
     Raises:
         UserError: the folder exists and is not empty, or cannot be written.
     """
-    path = new_folder(path, overwrite)
-    if path.is_dir() and any(path.iterdir()) and not (path / "model.safetensors").exists():
-        raise UserError(
-            f"{path} holds something else than an exported model and is not overwritten; choose another --output"
-        )
+    path = model_folder(path, overwrite)
     entry = checkpoint.entry()
     plans, tokenizer = entry.pop("plans"), entry.pop("tokenizer")
     try:

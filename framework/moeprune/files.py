@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -76,13 +76,41 @@ def new_folder(path: str | Path, overwrite: bool = False) -> Path:
     """Check that `path` can become an output folder: it does not exist, is empty, or may be overwritten.
 
     Raises:
-        UserError: it holds files and `overwrite` is false; the sentence offers the ways out.
+        UserError: it holds files and `overwrite` is false, or cannot be made; the sentence offers the ways out.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file; choose another --output")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise UserError(f"{path} exists and is not empty; choose another --output, remove it, or pass --overwrite=true")
+    made = [place for place in (path, *path.parents) if not place.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another --output") from error
+    finally:
+        for place in made:
+            with suppress(OSError):
+                place.rmdir()
+    return path
+
+
+def model_folder(path: str | Path, overwrite: bool = False, source: Path | str | None = None) -> Path:
+    """Check that `path` can become the folder of a model, see `new_folder`: what is replaced is a model, and not the one read.
+
+    Args:
+        path: the folder.
+        overwrite: whether a model that is there may be replaced.
+        source: the model that is read.
+
+    Raises:
+        UserError: it may not become that.
+    """
+    path = new_folder(path, overwrite)
+    if source is not None and (there := Path(source).resolve()) and path.resolve() in (there, *there.parents):
+        raise UserError(f"{path} holds the source itself; choose another --output")
+    if path.is_dir() and any(path.iterdir()) and not any(path.glob("*.safetensors")):
+        raise UserError(f"{path} holds something else than a model and is not overwritten; choose another --output")
     return path
 
 

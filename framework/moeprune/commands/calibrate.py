@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from safetensors import SafetensorError, safe_open
@@ -69,7 +70,16 @@ def command(
     wanted, optional = _wanted(statistics, pruners)
     how = Reading(data, calibration_batches, batch_size, seq_len, pack, seed, dtype, device)
     if layerwise:
-        store.save(layerwise_evidence(model, how, wanted, optional, gate), output, overwrite=True)
+
+        def there(provenance: Mapping[str, Any], statistics: frozenset[str]) -> bool:
+            return not overwrite and _there(output, _made_from({**provenance, "gate": gate}, statistics))
+
+        found = layerwise_evidence(model, how, wanted, optional, gate, there)
+        if found is None:
+            print(f"{output} holds this evidence already; nothing to do")
+            return
+        _check_finite(found)
+        store.save(found, output, overwrite=True)
         print(f"written to {output}")
         return
     it = subject(model, how, bool(wanted - WEIGHTS))
@@ -107,9 +117,7 @@ def measured(
     made_from = _made_from(provenance, wanted)
     recording = Recording(it.model, wanted, gate)
     partial = output / store.PARTIAL
-    if not overwrite and (output / store.DESCRIPTION).exists():
-        found = store.load(output)
-        _same(output, _made_from(found.provenance, found.layers[0].stats), made_from)
+    if not overwrite and _there(output, made_from):
         return None
     if not overwrite and partial.exists():
         _continue(partial, recording, made_from)
@@ -120,6 +128,7 @@ def measured(
                 for name in (store.DESCRIPTION, store.ARRAYS, store.PARTIAL):
                     (output / name).unlink(missing_ok=True)
             evidence = _measure(recording, it.batches, every, partial, made_from, provenance)
+            _check_finite(evidence)
             store.save(evidence, output, overwrite=True)
             for left in (partial, *output.glob(f".{store.PARTIAL}.*")):
                 left.unlink(missing_ok=True)
@@ -194,9 +203,37 @@ def _made_from(provenance: Mapping[str, Any], statistics: Mapping[str, Any] | fr
         "statistics": sorted(statistics),
         **{
             name: provenance.get(name)
-            for name in ("calibration_batches", "batch_size", "seq_len", "seed", "gate", "version")
+            for name in ("calibration_batches", "batch_size", "seq_len", "seed", "dtype", "gate", "version")
         },
     }
+
+
+def _there(output: Path, asked: Mapping[str, Any]) -> bool:
+    """Whether a folder holds the evidence asked for already.
+
+    Raises:
+        UserError: it holds another.
+    """
+    if not (output / store.DESCRIPTION).exists():
+        return False
+    found = store.load(output)
+    _same(output, _made_from(found.provenance, found.layers[0].stats), asked)
+    return True
+
+
+def _check_finite(evidence: Evidence) -> None:
+    """Check that every number is finite.
+
+    Raises:
+        UserError: one is not.
+    """
+    for index, layer in enumerate(evidence.layers):
+        for name, values in layer.stats.items():
+            if not np.isfinite(values).all():
+                raise UserError(
+                    f"{name} of MoE layer {index} is not finite: the model's weights or outputs hold NaN or infinity; check "
+                    f"the checkpoint, or try --dtype=float32"
+                )
 
 
 def _same(output: Path, begun: Mapping[str, Any], asked: Mapping[str, Any]) -> None:

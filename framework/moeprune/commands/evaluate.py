@@ -17,7 +17,7 @@ from moeprune.evaluation.paired import paired, same_tasks
 from moeprune.evaluation.score import LONGEST_ANSWER, read_scores, save, score
 from moeprune.evaluation.suite import Joined, Named, Suite
 from moeprune.files import new_folder, write_text
-from moeprune.interop.checkpoint import is_transformers
+from moeprune.interop.checkpoint import is_transformers, resolve
 
 ARROWS = "↑ higher is better, ↓ lower is better"
 
@@ -119,7 +119,10 @@ def _known(reference: Path | None) -> dict[str, Any] | None:
     Raises:
         UserError: it is neither.
     """
-    if reference is None or is_transformers(reference):
+    if reference is None:
+        return None
+    if is_transformers(reference):
+        resolve(reference)
         return None
     if not reference.exists():
         raise UserError(f"there is neither a model nor a folder of results at {reference}; check --reference")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moeprune import checkpoints
 from moeprune.checkpoints import Checkpoint
-from moeprune.files import new_folder
+from moeprune.files import model_folder
 from moeprune.interop import checkpoint as interop
 from moeprune.interop import native
 
@@ -25,7 +25,7 @@ def command(model: Path, output: Path, overwrite: bool = False) -> None:
         output: folder to write.
         overwrite: replace an existing output.
     """
-    new_folder(output, overwrite)
+    model_folder(output, overwrite, model if model.exists() else None)
     if interop.is_transformers(model):
         checkpoint = native.from_transformers(model)
         checkpoints.export(checkpoint, output, overwrite)

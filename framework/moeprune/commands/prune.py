@@ -8,7 +8,7 @@ from typing import Literal
 
 from moeprune.commands.subject import Reading, Subject, layerwise_evidence, subject
 from moeprune.errors import UserError
-from moeprune.files import new_folder
+from moeprune.files import model_folder
 from moeprune.interop import checkpoint as interop
 from moeprune.pruning import store
 from moeprune.pruning.calibration import HELD_OUT, WEIGHTS, Gate, record
@@ -65,7 +65,8 @@ def command(
         seed: of the choice of calibration text.
         gate: which gate weight statistics use: the one really used to combine, the probabilities of the chosen experts
             renormalised to sum to 1 (topk), or as they are (softmax).
-        dtype: transformers checkpoints: of the weights; auto takes the checkpoint's.
+        dtype: transformers checkpoints: of the weights in memory, and of what is written from there; auto takes the
+            checkpoint's, which a model that is pruned file by file (a plan, evidence, layerwise, no data) keeps.
         device: where the model runs.
         layerwise: transformers checkpoints larger than memory: measure with one decoder layer in memory at a time.
         uniform_view: transformers checkpoints: pad unequal layers to the largest with experts that are never chosen, so that stock
@@ -85,7 +86,7 @@ def command(
         )
     constraints = Constraints(multiple_of, min_keep, max_keep, n_groups, protected)
     how = Reading(data, calibration_batches, batch_size, seq_len, pack, seed, dtype, device)
-    new_folder(output, overwrite)
+    model_folder(output, overwrite, model if model.exists() else None)
     ready = None if plan is None else PrunePlan.load(plan)
     needs: frozenset[str] = frozenset() if pruner is None else pruner.needs
     saved = None if evidence is None else store.load(evidence, needs)
@@ -95,6 +96,11 @@ def command(
         measured = frozenset()
     whole = measured | needs & {"weights"}
     if interop.is_transformers(model) and not whole and not uniform_view:
+        if dtype != "auto":
+            told = (
+                f"moeprune: the model is pruned file by file, so its weights are not written as {dtype} but as they are"
+            )
+            print(told, file=sys.stderr)
         _stream(interop.resolve(model), output, ready, pruner, saved, evidence, constraints, overwrite)
         return
     it = subject(model, how, bool(measured))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,7 +42,7 @@ class Reading:
         seq_len: tokens per sequence; None for as many as the model takes, at most 2048 for a transformers checkpoint.
         pack: see `interop.text.token_batches`.
         seed: of the choice of text.
-        dtype: of a transformers checkpoint's weights.
+        dtype: of a transformers checkpoint's weights in memory.
         device: where the model runs.
     """
 
@@ -56,11 +56,15 @@ class Reading:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("seq_len", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"{name} must be at least {least}, got {value}")
         if self.dtype not in DTYPES:
             raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         try:
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError) as error:
+            torch.empty(1, device=self.device).tolist()
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise UserError(f"device {self.device!r} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
@@ -157,10 +161,12 @@ def _drawn(data: dict[str, Any], tokens: int, how: Reading, batches: int) -> dic
         "batch_size": how.batch_size,
         "seq_len": how.seq_len,
         "seed": how.seed,
+        "dtype": how.dtype,
     }
 
 
 def _of_transformers(path: Path, how: Reading, reads_data: bool) -> Subject:
+    interop.refuse_view(path)
     model = interop.load(path, DTYPES[how.dtype], how.device)
     before = sum(p.numel() for p in model.model.parameters())
     provenance = {"model": str(path), "weights": interop.fingerprint(path), **_router(model)}
@@ -182,8 +188,7 @@ def transformers_batches(path: Path, how: Reading) -> tuple[list[Batch], dict[st
     from moeprune.interop.text import token_batches
     from moeprune.interop.transformers import text_config
 
-    transformers = interop.library()
-    config = text_config(transformers.AutoConfig.from_pretrained(path))
+    config = text_config(interop.configuration(path))
     longest = getattr(config, "max_position_embeddings", None) or 2048
     length = min(how.seq_len or min(longest, 2048), longest)
     source = how.data or "embedded"
@@ -200,8 +205,13 @@ def transformers_batches(path: Path, how: Reading) -> tuple[list[Batch], dict[st
 
 
 def layerwise_evidence(
-    path: Path, how: Reading, wanted: frozenset[str], optional: frozenset[str], gate: Gate
-) -> Evidence:
+    path: Path,
+    how: Reading,
+    wanted: frozenset[str],
+    optional: frozenset[str],
+    gate: Gate,
+    there: Callable[[Mapping[str, Any], frozenset[str]], bool] = lambda provenance, statistics: False,
+) -> Evidence | None:
     """Evidence of a transformers checkpoint with one decoder layer in memory at a time.
 
     Args:
@@ -210,6 +220,10 @@ def layerwise_evidence(
         wanted: statistics.
         optional: those of `wanted` that are left out, with a note, where they cannot be measured layer by layer.
         gate: see `calibration.record`.
+        there: (provenance, statistics) -> whether that evidence exists, so that nothing is measured.
+
+    Returns:
+        The evidence; None if it is there.
 
     Raises:
         UserError: moeprune's own model, or a statistic that needs the whole model and is not optional.
@@ -219,11 +233,14 @@ def layerwise_evidence(
     if not interop.is_transformers(path):
         raise UserError(f"{path} is moeprune's own model, which is loaded whole; leave out --layerwise")
     folder = interop.resolve(path)
+    interop.refuse_view(folder)
     left_out = wanted & optional & (GRADIENTS | TRIALS)
     if left_out:
         print(f"moeprune: left out, since they need the whole model: {', '.join(sorted(left_out))}", file=sys.stderr)
     batches, provenance = transformers_batches(folder, how)
     origin = {"model": str(folder), "weights": interop.fingerprint(folder), "version": __version__}
+    if there({**origin, **provenance}, wanted - left_out):
+        return None
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("layers measured", total=None)

@@ -14,7 +14,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from moeprune.errors import UserError
-from moeprune.files import new_folder, read_json, write_text
+from moeprune.files import model_folder, read_json, write_text
 from moeprune.interop import modeling_moeprune, uniform
 from moeprune.interop.transformers import TransformersModel, count_field, text_config
 from moeprune.pruning.plan import PrunePlan
@@ -88,7 +88,7 @@ def check_files(path: Path) -> list[Path]:
     files = sorted(path.glob("*.safetensors"))
     index = path / "model.safetensors.index.json"
     if index.exists():
-        weight_map = read_json(index, "index of shards").get("weight_map", {})
+        weight_map = _mapping(index, "index of shards").get("weight_map", {})
         files = sorted({path / name for name in weight_map.values()})
         if missing := [file.name for file in files if not file.exists()]:
             raise UserError(f"{path} lacks the shard {missing[0]} that its index names; complete the download")
@@ -137,7 +137,7 @@ def read_record(path: Path | str) -> dict[str, Any]:
     file = Path(path) / RECORD
     if not file.exists():
         return {}
-    record: dict[str, Any] = read_json(file, "record of pruned experts")
+    record = _mapping(file, "record of pruned experts")
     if record.get("format") != FORMAT:
         raise UserError(f"{file} is not of format {FORMAT!r} (found {record.get('format')!r}); prune the model anew")
     return record
@@ -158,20 +158,71 @@ def load(path: Path | str, dtype: torch.dtype | str = "auto", device: str = "cpu
     path = resolve(path)
     record = read_record(path)
     check_files(path)
+    config = configuration(path)
+    loads = pruned_class(config) if hasattr(config, "moeprune") else transformers.AutoModelForCausalLM
+    options: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
+    level = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()  # what its report would say is in the sentence below
     try:
-        config = transformers.AutoConfig.from_pretrained(path)
-        options: dict[str, Any] = {"config": config, "dtype": dtype}
-        if hasattr(config, "moeprune"):
-            model = pruned_class(config).from_pretrained(path, **options)
-        else:
-            model = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
+        model, told = loads.from_pretrained(path, ignore_mismatched_sizes=True, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
+        from moeprune.interop.weights import OnDisk
+
+        OnDisk(path)  # says which tensor is missing, if one is
         raise UserError(f"cannot load {path} with transformers: {_first_line(error)}") from error
+    finally:
+        transformers.utils.logging.set_verbosity(level)
+    for name, found, wanted in sorted(told["mismatched_keys"]):
+        raise UserError(f"{path}: {name} has shape {tuple(found)}, its configuration asks for {tuple(wanted)}")
+    complete(path, told["missing_keys"])
     ids = record.get("expert_ids")
     if any(-1 in layer for layer in ids or []):
         ids = None  # a uniform view: its padding counts as experts
         record = {}
     return TransformersModel(model.eval().to(device), ids, record.get("n_original"))
+
+
+def complete(path: Path | str, missing: Iterable[str]) -> None:
+    """Check that a checkpoint has every tensor.
+
+    Raises:
+        UserError: it lacks one.
+    """
+    names = sorted(missing)
+    if names:
+        more = f" and {len(names) - 1} more tensors" if names[1:] else ""
+        raise UserError(f"{path} lacks {names[0]}{more}; complete the download")
+
+
+def configuration(path: Path | str) -> Any:
+    """The configuration of a checkpoint.
+
+    Raises:
+        UserError: transformers cannot read it.
+    """
+    try:
+        return library().AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot read {Path(path) / 'config.json'}: {_first_line(error)}") from error
+
+
+def refuse_view(path: Path | str) -> None:
+    """Check that a checkpoint is no uniform view, whose padding would count as experts.
+
+    Raises:
+        UserError: it is one.
+    """
+    if any(-1 in layer for layer in read_record(path).get("expert_ids", [])):
+        raise UserError(
+            f"{path} is a uniform view, padded with experts that are never chosen; take the export without it"
+        )
+
+
+def _mapping(path: Path, what: str) -> dict[str, Any]:
+    found = read_json(path, what)
+    if not isinstance(found, dict):
+        raise UserError(f"the {what} at {path} is no JSON object; fetch it again")
+    return found
 
 
 def library() -> Any:
@@ -226,7 +277,7 @@ def export(
     Raises:
         UserError: the folder exists, the disk is full, or a uniform view would not be exact.
     """
-    new_folder(path, overwrite)
+    model_folder(path, overwrite, source)
     kept = [list(layer.ids) for layer in model.moe_layers]
     if uniform_view:
         positions = uniform.pad(model)

@@ -22,7 +22,15 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from moeprune.errors import UserError
-from moeprune.interop.checkpoint import library, pruned_class, read_record
+from moeprune.interop.checkpoint import (
+    check_files,
+    complete,
+    configuration,
+    library,
+    pruned_class,
+    read_record,
+    refuse_view,
+)
 from moeprune.interop.transformers import TransformersModel, text_config
 from moeprune.pruning.calibration import GRADIENTS, TRIALS, WEIGHTS, Batch, Gate, Recording, watch
 from moeprune.pruning.evidence import Evidence
@@ -115,7 +123,8 @@ class Skeleton:
         transformers = library()
         self.path, self.device = Path(path), device
         self.record = read_record(path)
-        config = transformers.AutoConfig.from_pretrained(path)
+        refuse_view(path)
+        config = configuration(path)
         cls = pruned_class(config) if hasattr(config, "moeprune") else transformers.AutoModelForCausalLM
         config.dtype = (config.dtype or torch.float32) if dtype == "auto" else dtype
         with torch.device("meta"):
@@ -131,6 +140,7 @@ class Skeleton:
         prefix, layers = lists[0]
         self.layers: list[tuple[str, nn.Module]] = [(f"{prefix}.{i}", layer) for i, layer in enumerate(layers)]
         self._shape: list[Any] = [None] * len(layers)  # what each layer returned, with None for the hidden states
+        check_files(self.path)
         self._files = _files(self.path)
         self._outside = f"{prefix}."
         self.load("")
@@ -166,6 +176,14 @@ class Skeleton:
             loading.convert_and_load_state_dict_in_model(self.model, wanted, config)
         if not prefix:
             self.model.tie_weights()
+        complete(
+            self.path,
+            (
+                name
+                for name, tensor in self.model.state_dict().items()
+                if tensor.is_meta and (name.startswith(prefix) if prefix else not name.startswith(self._outside))
+            ),
+        )
 
     def free(self, prefix: str) -> None:
         """Give the memory of the layer at `prefix` back."""

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from moeprune.errors import UserError
-from moeprune.files import locked, new_folder, read_json, write_text
+from moeprune.files import locked, model_folder, read_json, write_text
 from moeprune.interop.checkpoint import finish
 from moeprune.interop.weights import OnDisk, Stored, unquantised
 from moeprune.pruning.merging import merge_experts
@@ -113,12 +113,9 @@ def prune_streaming(
         UserError: the plan was made for another model, tensors that cannot be cut, the folder exists, or the disk is full.
     """
     output = Path(output)
-    new_folder(output, overwrite)
     limit = _bytes_of(max_shard_size)
     disk = source if isinstance(source, OnDisk) else OnDisk(source)
-    here, there = output.resolve(), disk.path.resolve()
-    if here == there or here in there.parents:
-        raise UserError(f"{output} holds the source itself; choose another --output")
+    model_folder(output, overwrite, disk.path)
     earlier = [PrunePlan.from_dict(each) for each in disk.record.get("plans", [])]
     tensors = _cut(disk, plan)
     shards = _shards(tensors, limit)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from moeprune.errors import UserError
 from moeprune.files import read_json
-from moeprune.interop.checkpoint import library, read_record
+from moeprune.interop.checkpoint import complete, configuration, library, read_record, refuse_view
 from moeprune.interop.transformers import (
     TransformersLayer,
     TransformersModel,
@@ -115,22 +115,16 @@ class OnDisk:
     left_out: tuple[str, ...]  # what transformers does not load for this family: layers that predict further tokens
 
     def __init__(self, path: Path | str) -> None:
-        transformers = library()
+        library()
         self.path = Path(path)
         if not (self.path / "config.json").is_file():
             raise UserError(f"{path} is no folder with a transformers checkpoint (config.json and safetensors)")
         self.record = read_record(self.path)
-        try:
-            config = transformers.AutoConfig.from_pretrained(self.path)
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"cannot read {self.path / 'config.json'}: {str(error).partition(chr(10))[0]}") from error
+        refuse_view(self.path)
+        config = configuration(self.path)
         n_original = self.record.get("n_original") or getattr(text_config(config), count_field(config))
         whole = on_meta(with_experts(config, n_original))
         self.model = TransformersModel(whole, self.record.get("expert_ids"), n_original)
-        if any(-1 in layer.ids for layer in self.model.moe_layers):
-            raise UserError(
-                f"{path} is a uniform view, padded with experts that are never chosen; take the export without it"
-            )
         self.tensors = _stored(self.path)
         self._attribute(_Names(whole))
         self._check()
@@ -257,6 +251,8 @@ class OnDisk:
             if path in names.state  # else it is computed when the model is built, and not saved
         }
 
+        there: set[str] = set()
+
         def role_of(name: str) -> Role | None:
             """None for a tensor that does not go with experts.
 
@@ -264,11 +260,12 @@ class OnDisk:
                 KeyError: transformers knows no such tensor.
             """
             path, converter, part = names(name)
+            targets = [path] if converter is None else names.targets(path, converter)
+            there.update(targets)
             if converter is None:
                 if path not in names.state:
                     raise KeyError(name)
                 return cut.get(path)
-            targets = names.targets(path, converter)
             hit = [target for target in targets if target in cut]
             if not hit:
                 if path not in names.state:
@@ -325,6 +322,10 @@ class OnDisk:
                 )
             if role is not None:
                 found[name] = replace(role, exact=False)
+        there |= {path.removesuffix(end) for path in there for end in QUANTISED}
+        complete(
+            self.path, (name for name in names.state.keys() - there if name not in cut and not names.optional(name))
+        )
         self.roles, self.left_out = found, tuple(left_out)
         self._expected = {path: names.state[path].shape for path in cut}
 
@@ -377,6 +378,8 @@ class _Names:
         self._prefix = model.base_model_prefix
         self._numbers: dict[str, int | None] = {}
         self._ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"]
+        self._tied = set(model.all_tied_weights_keys)
+        self._made = [*(model._keys_to_ignore_on_load_missing or ())]
         self.state: dict[str, Tensor] = model.state_dict()
 
     def __call__(self, name: str) -> tuple[str, Any, int]:
@@ -403,6 +406,10 @@ class _Names:
             self._numbers[template] = free[0] if len(free) == 1 else None
         which = self._numbers[template]
         return None if which is None else spans[which]
+
+    def optional(self, path: str) -> bool:
+        """Whether transformers does without such a tensor: it is another's, or made when the model is built."""
+        return path in self._tied or any(re.search(pattern, path) for pattern in self._made)
 
     def ignored(self, path: str) -> bool:
         """Whether transformers leaves such a tensor in the file by intent."""

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from moeprune.pruning.statistic import Seen, Statistic
 
+TOKENS = 128  # whose differences stay in the cache until their norm is taken
+
 
 class LeaveOneOut(Statistic):
     """Mean over all tokens of |y - y'|^2: y is the layer's output, y' its output without the expert.
@@ -39,8 +41,8 @@ class LeaveOneOut(Statistic):
         own = torch.eye(g.shape[1], dtype=g.dtype, device=g.device)
         rest = g @ (1 - own)  # [T, K] weight of the token's other experts
         shares = g[:, None] * (1 - own) / rest.clamp(min=torch.finfo(g.dtype).tiny)[:, :, None]
-        lost: Tensor = torch.linalg.vector_norm(torch.bmm((own - shares).to(f.dtype), f), dim=-1)
-        return lost
+        parts = zip(torch.split((own - shares).to(f.dtype), TOKENS), torch.split(f, TOKENS), strict=True)
+        return torch.cat([torch.linalg.vector_norm(torch.bmm(share, each), dim=-1) for share, each in parts])
 
     def finish(self, total: Tensor) -> Tensor:
         """[E]."""
