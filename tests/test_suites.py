@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -533,7 +532,7 @@ def test_out_of_memory_is_one_sentence(checkpoint: Checkpoint, monkeypatch: pyte
     def full(*_: Any) -> None:
         raise torch.OutOfMemoryError("no")
 
-    monkeypatch.setattr("moeprune.evaluation.engine.Own.logits", types.MethodType(full, object()))
+    monkeypatch.setattr("moeprune.model.transformer.Block.forward", full)
     with pytest.raises(UserError, match="out of memory with 4 requests at a time; give a smaller --batch_size"):
         score(checkpoint, create("suite", "offline"), limit=1, batch_size=4)
 

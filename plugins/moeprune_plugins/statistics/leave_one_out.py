@@ -33,14 +33,14 @@ class LeaveOneOut(Statistic):
         """[T, 2] as `_of_many`, without a small matrix product per token, which takes several times as long."""
         assert seen.outputs is not None
         apart = torch.linalg.vector_norm(seen.outputs[:, 0] - seen.outputs[:, 1], dim=-1).double()
-        return torch.where(g.flip(1) > 0, apart[:, None], seen.norms)
+        return torch.where(g.flip(1) != 0, apart[:, None], seen.norms)
 
     @staticmethod
     def _of_many(f: Tensor, g: Tensor) -> Tensor:
         """[T, K] norm of f_k minus the mean of the other f: y - y' is g_k times that, no difference of large numbers."""
         own = torch.eye(g.shape[1], dtype=g.dtype, device=g.device)
         rest = g @ (1 - own)  # [T, K] weight of the token's other experts
-        shares = g[:, None] * (1 - own) / rest.clamp(min=torch.finfo(g.dtype).tiny)[:, :, None]
+        shares = g[:, None] * (1 - own) / rest.masked_fill(rest == 0, 1)[:, :, None]  # weights may be negative
         parts = zip(torch.split((own - shares).to(f.dtype), TOKENS), torch.split(f, TOKENS), strict=True)
         return torch.cat([torch.linalg.vector_norm(torch.bmm(share, each), dim=-1) for share, each in parts])
 
