@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -130,7 +131,7 @@ def test_interrupted_call_finds_its_slurm_jobs(slurm: Path, corpus: Path, tmp_pa
         "export GREETING=hello",
     ):
         assert line in script.splitlines(), (line, script)
-    assert f"{sys.executable} -u -m submitit.core._submit" in script
+    assert f"{shlex.quote(sys.executable)} -u -m submitit.core._submit" in script
 
 
 def test_killed_slurm_job_is_reported(slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
