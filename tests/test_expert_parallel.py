@@ -292,7 +292,6 @@ def test_a_killed_process_ends_the_job(recipe: Path, tmp_path: Path) -> None:  #
     assert checkpoints.read(tmp_path / "killed" / "last.ckpt").step == 5
 
 
-@pytest.mark.slow
 def test_four_processes(recipe: Path, single: Path, tmp_path: Path) -> None:  # noqa: F811
     """Replicas of two; four with an expert each and one without; fewer batches than processes; another number resumes."""
     unused = "--trainer.strategy.find_unused_parameters=true"  # without it, DDP sums in another order after a resume
