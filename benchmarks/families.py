@@ -2,7 +2,7 @@
 
     python benchmarks/families.py [--write docs/transformers.md]
 
-Small random models (tests/families.py): 3 layers, 8 experts, the family's own router in full. Columns: criteria against their
+Small random models (tests/families.py): two or three MoE layers, 8 experts, the family's own router in full. Columns: criteria against their
 definitions (how many agree, largest relative difference of a score, each expert computed alone, token by token); pruned against masked (largest
 absolute difference of logits, fp32); reloaded from disk through stock transformers, equal and unequal counts (the same); layer by
 layer against the whole model (largest relative difference of a statistic); uniform view (difference, or no).
@@ -51,7 +51,7 @@ def row(family: str) -> list[str]:
     cut = TransformersModel(copy.deepcopy(whole.model))
     apply_plan(cut, plan)
     errors = [float((cut.logits(tokens()) - expected).abs().max())]
-    view = "-"
+    view = ""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for numbers in ([4, 4, 4], [6, 4, 8]):

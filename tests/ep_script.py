@@ -8,20 +8,16 @@ the UserError that is expected.
 from __future__ import annotations
 
 import copy
-import json
 import os
 import shutil
 import signal
-import sys
-import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from ranks import RANK, ending, note_metrics, signal_at_pass, start
 
-from moeprune.errors import UserError
 from moeprune.model.experts import Experts
 from moeprune.parallel.dispatch import AllToAll
 from moeprune.parallel.layout import Layout
@@ -30,7 +26,6 @@ from moeprune.parallel.strategy import shard
 from moeprune.training import callbacks, expert_pruning
 from moeprune.training.cli import run
 
-RANK = int(os.environ["LOCAL_RANK"])
 UNEVEN = {
     2: [[[0, 1, 2, 3, 4, 5, 6], []], [[6, 1, 3], [5, 0, 4, 2]], [[2], [0, 1, 3, 4, 5, 6]]],
     4: [[[3], [], [0, 5, 6, 1], [4, 2]], [[], [6, 4, 1], [2, 0], [5, 3]], [[0], [1], [2], [3, 4, 5, 6]]],
@@ -66,17 +61,7 @@ def another_plan() -> None:
 
 def killed() -> None:
     """Process 1 is killed in the middle of step 7, while the others wait for its tokens."""
-    dispatch = AllToAll.dispatch
-    passes = 0
-
-    def hook(self: AllToAll, *args: Any) -> Any:
-        nonlocal passes
-        passes += 1
-        if RANK == 1 and passes == 14:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return dispatch(self, *args)
-
-    AllToAll.dispatch = hook
+    signal_at_pass(14, signal.SIGKILL)
 
 
 def experts_over_processes() -> None:
@@ -149,23 +134,12 @@ def main(jobs: list[dict[str, Any]]) -> None:
         callbacks.save_checkpoint, expert_pruning.decide, AllToAll.dispatch = original
         if "patch" in job:
             globals()[job["patch"]]()
-        try:
+        with ending(job):
             if "call" in job:
                 globals()[job["call"]]()
             else:
-                metrics = run(job["args"]).trainer.callback_metrics
-                if RANK == 0 and "metrics" in job:
-                    Path(job["metrics"]).write_text(json.dumps({name: float(x) for name, x in metrics.items()}))
-        except UserError as error:
-            if "error" not in job:
-                raise
-            Path(f"{job['error']}.{RANK}").write_text(str(error))
+                note_metrics(job, run(job["args"]).trainer)
 
 
 if __name__ == "__main__":
-    try:
-        main(json.loads(Path(sys.argv[1]).read_text()))
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)  # whatever waits in a collective
+    start(main)

@@ -1,4 +1,4 @@
-"""Small random models of transformers' MoE families: 3 layers, 8 experts, the family's router in full."""
+"""Small random models of transformers' MoE families: two or three MoE layers, 8 experts, the family's router in full."""
 
 from __future__ import annotations
 
@@ -58,9 +58,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {"num_experts": 8, "moe_topk": 2},
     "afmoe": PLAIN,
     "flex_olmo": PLAIN,
-    "jamba": PLAIN | {"attn_layer_period": 2, "attn_layer_offset": 0},
+    "jamba": PLAIN
+    | {"attn_layer_period": 2, "attn_layer_offset": 0, "expert_layer_period": 1, "expert_layer_offset": 0},
     "lfm2_moe": PLAIN | {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
-    "nemotron_h": {"n_routed_experts": 8, "num_experts_per_tok": 2},
+    "nemotron_h": {
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "moe", "moe"],
+        "num_hidden_layers": 5,
+        "moe_shared_expert_intermediate_size": 16,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "n_groups": 2,
+        "ssm_state_size": 16,
+    },
     "gemma4_text": {
         "num_experts": 8,
         "top_k_experts": 2,

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import sys
-import traceback
-from pathlib import Path
 from typing import Any
 
 import torch
+from ranks import RANK, signal_at_pass, start
 
 from moeprune.model.transformer import MoETransformer
 from moeprune.parallel.dispatch import AllToAll
@@ -18,7 +15,6 @@ from moeprune.training import expert_pruning, module
 from moeprune.training.data import TextData
 from moeprune.training.module import MoELanguageModel
 
-RANK = int(os.environ.get("LOCAL_RANK", "0"))
 DEAD = 3
 ORIGINAL = (TextData.train_dataloader, module.initial_model, MoELanguageModel.training_step, AllToAll.dispatch)
 
@@ -66,29 +62,19 @@ def killed_in_a_step() -> None:
 
 def stops_answering() -> None:
     """Process 1 stops in the middle of step 8, without ending, before it has sent its tokens."""
-    passes = 0
-
-    def hook(self: AllToAll, *args: Any) -> Any:
-        nonlocal passes
-        passes += 1
-        if RANK == 1 and passes == 16:
-            os.kill(os.getpid(), signal.SIGSTOP)
-        return ORIGINAL[3](self, *args)
-
-    AllToAll.dispatch = hook
+    signal_at_pass(16, signal.SIGSTOP)
 
 
-if __name__ == "__main__":
-    import ep_script  # only where there is a rank
+def main(jobs: list[dict[str, Any]]) -> None:
+    import ep_script
 
     decide = expert_pruning.decide
     vars(ep_script).update({f.__name__: f for f in (fewer_batches, dead_expert, killed_in_a_step, stops_answering)})
-    try:
-        for job in json.loads(Path(sys.argv[1]).read_text()):
-            ep_script.main([job])
-            restore()
-            expert_pruning.decide = decide
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)  # whatever waits in a collective
+    for job in jobs:
+        ep_script.main([job])
+        restore()
+        expert_pruning.decide = decide
+
+
+if __name__ == "__main__":
+    start(main)

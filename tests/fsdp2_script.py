@@ -12,8 +12,6 @@ import errno
 import json
 import os
 import shutil
-import sys
-import traceback
 import weakref
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,10 +19,10 @@ from typing import Any
 from unittest import mock
 
 import pytorch_lightning as pl
+from ranks import RANK, ending, note_metrics, start
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.fsdp import FSDPModule
 
-from moeprune.errors import UserError
 from moeprune.model import transformer
 from moeprune.parallel import pieces
 from moeprune.parallel.fsdp import FullyShardedStrategy
@@ -32,7 +30,6 @@ from moeprune.parallel.together import local
 from moeprune.training import callbacks, expert_pruning
 from moeprune.training.cli import run
 
-RANK = int(os.environ["LOCAL_RANK"])
 SAVE, PRUNE, WRITE = callbacks.save_checkpoint, expert_pruning.prune, pieces.write
 
 
@@ -104,24 +101,13 @@ def main(jobs: list[dict[str, Any]]) -> None:
                 found.append(shares(trainer))
 
         expert_pruning.prune = pruned
-        try:
+        with ending(job):
             with globals()[job["patch"]]() if "patch" in job else nullcontext():
                 trainer = run(job["args"]).trainer
             if "shares" in job:
                 Path(f"{job['shares']}.{RANK}").write_text(json.dumps([*found, shares(trainer)]))
-            if RANK == 0 and "metrics" in job:
-                metrics = {name: float(x) for name, x in trainer.callback_metrics.items()}
-                Path(job["metrics"]).write_text(json.dumps(metrics))
-        except UserError as error:
-            if "error" not in job:
-                raise
-            Path(f"{job['error']}.{RANK}").write_text(str(error))
+            note_metrics(job, trainer)
 
 
 if __name__ == "__main__":
-    try:
-        main(json.loads(Path(sys.argv[1]).read_text()))
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)  # whatever waits in a collective
+    start(main)

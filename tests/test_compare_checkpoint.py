@@ -316,6 +316,9 @@ def test_a_router_with_sigmoid_and_groups(place: Path, tmp_path: Path) -> None:
     assert compare(place, comparison, place / "glm", tmp_path / "out") == 0
     found = rows(tmp_path / "out")
     assert found["reap-50"]["experts_kept"] == [4, 4]
+    by_chance = np.array(json.loads((tmp_path / "out" / "results.json").read_text())["overlap"]["budgets"][0]["chance"])
+    # one of four goes in each of two groups: both the same in 1/16 of all draws, one the same (1 of 3 that either removes) in 6/16
+    assert by_chance[~np.eye(3, dtype=bool)] == pytest.approx(1 / 16 + 6 / 16 / 3)
     assert (tmp_path / "out" / "plots" / "loss_jump.png").exists()
     for name, pruner in (("reap-50", "reap"), ("hc_smoe-25", "hc_smoe")):
         options = [f"--pruner={pruner}", f"--pruner.ratio=0.{name[-2:]}", f"--data={place / 'text.txt'}"]
@@ -381,6 +384,7 @@ def test_own_checkpoint_with_a_suite(own: Path, corpus: Path, tmp_path: Path) ->
         **MEASURED,
         "seq_len": 24,
         "eval_sequences": 3,
+        "max_gen_toks": 5,
         "variants": {"reap": {"config": {"pruning": {"pruner": "reap"}}}},
     }
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(comparison, sort_keys=False))
@@ -404,15 +408,46 @@ def test_own_checkpoint_with_a_suite(own: Path, corpus: Path, tmp_path: Path) ->
         difference = score["value"] - found["whole"]["families"][family]["value"]
         assert score["vs_reference"]["value"] == pytest.approx(difference, abs=1e-9)
     scores = json.loads((tmp_path / "out" / "reap" / "evaluation" / "scores.json").read_text())
-    evaluated = main(
-        ["evaluate", f"--model={tmp_path / 'out' / 'reap' / 'checkpoint'}", "--limit=2", f"--output={tmp_path / 'e'}"]
-    )
-    assert evaluated is None or evaluated == 0
+    model = f"--model={tmp_path / 'out' / 'reap' / 'checkpoint'}"
+    assert not main(["evaluate", model, "--limit=2", "--max_gen_toks=5", f"--output={tmp_path / 'e'}"])
+    configs = [
+        json.loads((folder / "results.json").read_text())["config"]
+        for folder in (tmp_path / "out" / "reap" / "evaluation", tmp_path / "e")
+    ]
+    assert set(configs[0]["max_gen_toks"].values()) == {5}
+    assert configs[0]["max_gen_toks"] == configs[1]["max_gen_toks"]
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "offline, 2 documents per task, max\\_gen\\_toks=5" in report
+    assert "its loss on held-out text " in report or "in loss on held-out text" in report
+    assert "validation loss" not in report
     alone = json.loads((tmp_path / "e" / "scores.json").read_text())["rows"]
     assert {name: row["value"] for name, row in scores["rows"].items()} == pytest.approx(
         {name: row["value"] for name, row in alone.items()}, abs=1e-6
     )
     assert "Scores" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_suite_with_a_chat_template(place: Path, tmp_path: Path) -> None:
+    """What is scored, and how, is what `moeprune evaluate` makes of the checkpoint."""
+    from transformers import AutoTokenizer
+
+    model = saved(tmp_path / "model", "qwen3_moe", max_position_embeddings=2048)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = "{% for m in messages %}{{ 'A' + m['content'] + 'B' }}{% endfor %}"
+    tokenizer.save_pretrained(model)
+    comparison = {**COMPARISON, "name": "chat", "suite": "offline", "limit": 1, "sweep": None}
+    comparison |= {"variants": {}, "apply_chat_template": True, "max_gen_toks": 3}
+    assert compare(place, comparison, model, tmp_path / "out") == 0
+    options = ["--limit=1", "--batch_size=2", "--apply_chat_template", "--max_gen_toks=3", f"--output={tmp_path / 'e'}"]
+    assert not main(["evaluate", f"--model={model}", *options])
+    mine, alone = (
+        json.loads((f / "scores.json").read_text()) for f in (tmp_path / "out/whole/evaluation", tmp_path / "e")
+    )
+    assert {name: row["value"] for name, row in mine["rows"].items()} == {
+        name: row["value"] for name, row in alone["rows"].items()
+    }
+    config = json.loads((tmp_path / "out" / "whole" / "evaluation" / "results.json").read_text())["config"]
+    assert config["apply_chat_template"] is True
 
 
 # --- held-out text
@@ -490,6 +525,9 @@ REAP = {"pruning": {"pruner": "reap"}}
         (of("a", config={"pruning": {"pruner": {"class_path": "laep", "init_args": {"bta": 3}}}}), "beta"),
         ({"reference": "base"}, "base"),
         ({"suite": "ofline"}, "offline"),
+        ({"max_gen_toks": 9}, "max_gen_toks is an option for a suite, and there is none"),
+        ({"suite": "offline", "max_gen_toks": 0}, "max_gen_toks must be at least 1"),
+        ({"suite": "offline", "apply_chat_template": True}, "qwen has no chat template"),
         ({"data": "missing.txt"}, "no text at missing.txt"),
         ({"held_out": "missing.txt"}, "no text at missing.txt"),
         ({"calibration_batches": 0}, "calibration_batches must be at least 1"),
@@ -551,6 +589,7 @@ def test_options_of_a_checkpoint_with_a_recipe(place: Path, capsys: pytest.Captu
         ({"calibration_batches": 2}, "other calibration_batches"),
         ({"sweep": None, **of("reap-25", config=REAP)}, "another variant 'reap-25'"),
         ({"held_out": None}, "other held_out"),
+        ({"suite": "offline", "max_gen_toks": 9}, "other max_gen_toks, suite"),
     ],
 )
 def test_a_folder_of_another_comparison(

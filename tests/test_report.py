@@ -691,6 +691,19 @@ def test_labels_and_errors_are_escaped(tmp_path):
     assert "[i]" in terminal(results)
 
 
+def test_no_word_of_a_comparison_is_a_formula(tmp_path):
+    results, evil = of_checkpoint(), "$\\frac$"
+    for v in results["variants"]:
+        v |= {key: f"{v[key]} {evil}" for key in ("label", "strategy", "family", "budget") if v.get(key)}
+    found = results["overlap"]
+    found["names"] = [f"{name} {evil}" for name in found["names"]]
+    found["families"] = [[f"{name} {evil}" for name in family] for family in found["families"]]
+    for budget in found["budgets"]:
+        budget["budget"] += f" {evil}"
+    page, _ = written(results, tmp_path)
+    assert Page(page).text.count(evil) > 10
+
+
 def no_speed(results):
     for v in results["variants"]:
         if v["status"] == "done":

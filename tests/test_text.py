@@ -52,6 +52,12 @@ def test_chats_go_one_per_row_through_the_template(tmp_path: Path) -> None:
         token_batches(str(file), plain, 19, 1)
 
 
+def test_lines_of_jsonl_end_where_json_says(tmp_path: Path) -> None:
+    texts = ["a\u2028b", "c\x85d", "e\u2029"]
+    (tmp_path / "a.jsonl").write_text("\r\n".join(json.dumps({"text": t}, ensure_ascii=False) for t in texts))
+    assert list(documents(str(tmp_path / "a.jsonl"))) == texts
+
+
 def test_folder_embedded_and_limits(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("one")
     (tmp_path / "y.md").write_text("two")

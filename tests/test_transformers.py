@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from families import FAMILIES, build
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -263,6 +264,9 @@ def test_saved_and_reloaded_is_the_same(family: str, equal: bool, tmp_path: Path
         for _ in range(generated.shape[1] - 5):
             slow = torch.cat([slow, stock(slow, use_cache=False).logits[:, -1:].argmax(-1)], 1)
         assert torch.equal(generated, slow)
+    stock.save_pretrained(tmp_path / "saved again")
+    names = [load_file(tmp_path / place / "model.safetensors").keys() for place in ("pruned", "saved again")]
+    assert names[0] == names[1]
     # pruned once more, ids still are those of the first model
     later = create("pruner", "random").plan(record(again, [tokens()], frozenset({"counts"})), exactly(again, [4] * 3))
     apply_plan(again, later)
@@ -271,7 +275,26 @@ def test_saved_and_reloaded_is_the_same(family: str, equal: bool, tmp_path: Path
     assert len(read_record(tmp_path / "twice")["plans"]) == 2
 
 
-BURIES = ["deepseek_v3", "glm4_moe", "dots1", "exaone_moe", "minimax_m2", "gpt_oss", "afmoe", "lfm2_moe"]
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe", "nemotron_h"])
+@pytest.mark.parametrize(("top_k", "n_group", "topk_group", "least"), [(1, 1, 1, 2), (2, 1, 1, 2), (1, 2, 2, 4)])
+def test_fewest_experts_of_a_router_with_groups(
+    family: str, top_k: int, n_group: int, topk_group: int, least: int
+) -> None:
+    """It looks at the two best of each group: with so many it works, with one less per group it does not."""
+    model = TransformersModel(
+        build(family, num_experts_per_tok=top_k, n_group=n_group, topk_group=topk_group), n_original=8
+    )
+    assert model.min_experts == least
+    with torch.no_grad():
+        for numbers, works in ((least, True), (least - n_group, False)):
+            kept = tuple(
+                tuple(i for i in range(8) if i % (8 // n_group) < numbers // n_group) for _ in model.moe_layers
+            )
+            with only(model, kept), nullcontext() if works else pytest.raises(RuntimeError, match="out of range"):
+                model.logits(tokens())
+
+
+BURIES = ["deepseek_v3", "glm4_moe", "dots1", "exaone_moe", "minimax_m2", "gpt_oss", "afmoe", "lfm2_moe", "nemotron_h"]
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "ernie4_5_moe without bias"])
@@ -287,8 +310,6 @@ def test_uniform_view(family: str, tmp_path: Path) -> None:
     if "without bias" in family:
         for layer in model.moe_layers:
             layer.router.moe_statics.e_score_correction_bias.data.zero_()  # type: ignore[union-attr, operator]
-    if len(model.moe_layers) < 2:
-        pytest.skip("one MoE layer is never unequal")
     plan = create("pruner", "frequency").plan(
         record(model, [tokens()], frozenset({"counts"})), exactly(model, [6, 4, 8])
     )

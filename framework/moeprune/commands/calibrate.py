@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from safetensors import SafetensorError, safe_open
@@ -78,7 +77,6 @@ def command(
         if found is None:
             print(f"{output} holds this evidence already; nothing to do")
             return
-        _check_finite(found)
         store.save(found, output, overwrite=True)
         print(f"written to {output}")
         return
@@ -128,7 +126,6 @@ def measured(
                 for name in (store.DESCRIPTION, store.ARRAYS, store.PARTIAL):
                     (output / name).unlink(missing_ok=True)
             evidence = _measure(recording, it.batches, every, partial, made_from, provenance)
-            _check_finite(evidence)
             store.save(evidence, output, overwrite=True)
             for left in (partial, *output.glob(f".{store.PARTIAL}.*")):
                 left.unlink(missing_ok=True)
@@ -219,21 +216,6 @@ def _there(output: Path, asked: Mapping[str, Any]) -> bool:
     found = store.load(output)
     _same(output, _made_from(found.provenance, found.layers[0].stats), asked)
     return True
-
-
-def _check_finite(evidence: Evidence) -> None:
-    """Check that every number is finite.
-
-    Raises:
-        UserError: one is not.
-    """
-    for index, layer in enumerate(evidence.layers):
-        for name, values in layer.stats.items():
-            if not np.isfinite(values).all():
-                raise UserError(
-                    f"{name} of MoE layer {index} is not finite: the model's weights or outputs hold NaN or infinity; check "
-                    f"the checkpoint, or try --dtype=float32"
-                )
 
 
 def _same(output: Path, begun: Mapping[str, Any], asked: Mapping[str, Any]) -> None:

@@ -54,6 +54,9 @@ def command(
     device: str | None = None,
     held_out: str | None = None,
     eval_sequences: int | None = None,
+    apply_chat_template: bool = False,
+    max_gen_toks: int | None = None,
+    think_end_token: str | None = None,
     export: bool = False,
     executor: Literal["processes", "submitit"] = "processes",
     cluster: Literal["slurm", "local"] = "slurm",
@@ -96,6 +99,10 @@ def command(
         held_out: text for the loss: `embedded` or a folder, whose validation split is read, or a .txt or .jsonl file; default: what
             the model was trained on, `embedded` for a transformers checkpoint.
         eval_sequences: sequences of it, per domain; default: 16.
+        apply_chat_template: of the suite, as are the next two (see `moeprune evaluate`): put prompts into the tokenizer's chat
+            template.
+        max_gen_toks: longest answer in tokens, for every task that generates; default: what the suite or the task says.
+        think_end_token: text that ends a reasoning model's thoughts, </think> say; answers begin after it.
         export: write every pruned checkpoint as well, into <variant>/checkpoint.
         executor: where runs from a recipe take place: in processes of this machine, or as jobs through submitit.
         cluster: of submitit: slurm, or local to try it on this machine.
@@ -117,6 +124,9 @@ def command(
         "device": device,
         "held_out": held_out,
         "eval_sequences": eval_sequences,
+        "apply_chat_template": apply_chat_template or None,
+        "max_gen_toks": max_gen_toks,
+        "think_end_token": think_end_token,
     }
     trains: dict[str, Any] = {"trunk": trunk, "train_on": train_on or None, "options": options, "workers": workers}
     trains |= {"executor": None if executor == "processes" else executor, "job": job}
@@ -127,6 +137,8 @@ def command(
         train_on = train_on is not False
     else:
         variants, reference, train_on = _with_whole(variants or {}, reference), reference or WHOLE, False
+    if suite is None and setup is not None and setup.scoring:
+        raise UserError(f"{min(setup.scoring)} is an option for a suite, and there is none; name one, or leave it out")
     if suite is not None:
         registry.lookup("suite", suite)
         if setup is None and not train_on:
@@ -236,11 +248,12 @@ def _setup(
             f"{option} is an option for training from a recipe, but a checkpoint is pruned and not trained on; leave it out"
         )
     from moeprune.commands.subject import Reading
-    from moeprune.compare.checkpoint import Setup
+    from moeprune.compare.checkpoint import SCORING, Setup
 
     gate, held_out = measures.pop("gate", "weight"), measures.pop("held_out", None)
     eval_sequences = measures.pop("eval_sequences", EVAL_SEQUENCES)
-    return Setup(checkpoint, Reading(**measures), gate, held_out, eval_sequences, export)
+    scoring = {name: measures.pop(name) for name in SCORING if name in measures}
+    return Setup(checkpoint, Reading(**measures), gate, held_out, eval_sequences, export, scoring)
 
 
 def _with_whole(variants: dict[str, Any], reference: str | None) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def command(
         _stream(interop.resolve(model), output, ready, pruner, saved, evidence, constraints, overwrite)
         return
     it = subject(model, how, bool(measured))
-    constraints = constraints.for_router(it.model.n_groups, it.model.min_experts)
+    constraints = constraints.for_model(it.model)
     if ready is not None:
         _check_plan(ready, it, constraints)
     else:
@@ -142,7 +142,7 @@ def _stream(
     disk = OnDisk(source)
     provenance = {"model": str(source), "weights": interop.fingerprint(source)}
     it = Subject(disk.model, [], provenance, lambda plan, folder, again, view: (0, 0))
-    constraints = constraints.for_router(disk.model.n_groups, disk.model.min_experts)
+    constraints = constraints.for_model(disk.model)
     if ready is not None:
         _check_plan(ready, it, constraints)
     else:

@@ -123,9 +123,7 @@ def _of_moeprune(path: Path, how: Reading, reads_data: bool) -> Subject:
         domains = checkpoint.data.get("domains") if how.data is None else None
         length = min(how.seq_len or checkpoint.config.max_seq_len, checkpoint.config.max_seq_len)
         text = TextData(source, domains, checkpoint.config.vocab_size, length, how.batch_size)
-        if (
-            checkpoint.tokenizer and text.store.tokenizer_json != checkpoint.tokenizer
-        ):  # other text than it was trained on
+        if checkpoint.tokenizer and text.store.tokenizer_json != checkpoint.tokenizer:  # not what it was trained on
             text = TextData(source, domains, checkpoint.config.vocab_size, length, how.batch_size, tokenizer=Path(path))
         drawn = text.training_batches(how.calibration_batches, how.seed + CALIBRATION_SEED_OFFSET)
         tokens = [drawn.batch(i).to(how.device) for i in range(how.calibration_batches)]

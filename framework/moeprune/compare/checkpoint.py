@@ -32,7 +32,7 @@ from moeprune import checkpoints
 from moeprune.commands import calibrate
 from moeprune.commands.subject import Reading, Subject, subject
 from moeprune.compare import held_out
-from moeprune.compare.job import scored
+from moeprune.compare.job import scored, sizes
 from moeprune.compare.spec import Comparison, job_folder
 from moeprune.errors import UserError
 from moeprune.files import locked, read_json, write_text
@@ -50,6 +50,7 @@ from moeprune.pruning.pruner import Pruner
 from moeprune.pruning.surgery import only
 
 EVIDENCE = "evidence"
+SCORING = ("apply_chat_template", "max_gen_toks", "think_end_token")  # options of `evaluation.score.score`
 BUSY = "a comparison is running in {}; wait for it, or choose another --output"
 AGAIN = "choose another --output, or pass --overwrite=true to start anew"
 
@@ -66,6 +67,7 @@ class Setup:
             a transformers checkpoint.
         eval_sequences: sequences of it, per domain.
         export: whether pruned checkpoints are written.
+        scoring: those of `SCORING` that were asked for, for the suite.
 
     Raises:
         UserError: a number out of range.
@@ -77,6 +79,7 @@ class Setup:
     held_out: str | None
     eval_sequences: int
     export: bool
+    scoring: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("calibration_batches", "batch_size"):
@@ -86,12 +89,15 @@ class Setup:
             raise UserError(f"seq_len must be at least 1, got {self.how.seq_len}")
         if self.eval_sequences < 2:
             raise UserError(f"eval_sequences must be at least 2, got {self.eval_sequences}; intervals need two")
+        if self.scoring.get("max_gen_toks", 1) < 1:
+            raise UserError(f"max_gen_toks must be at least 1, got {self.scoring['max_gen_toks']}")
 
     def identity(self) -> dict[str, Any]:
         """What decides the results, as plain data; where things are does not."""
         how = dataclasses.asdict(self.how)
         del how["device"]
-        return {**how, "gate": self.gate, "held_out": self.held_out, "eval_sequences": self.eval_sequences}
+        scoring = {**dict.fromkeys(SCORING), **self.scoring}
+        return {**how, "gate": self.gate, "held_out": self.held_out, "eval_sequences": self.eval_sequences, **scoring}
 
 
 def _prunes(comparison: Comparison) -> dict[str, tuple[Pruner, Constraints]]:
@@ -211,6 +217,10 @@ class Work:
         if self.saved is not None and "data" in self.it.provenance:
             _same(folder, "calibration text", self.saved.provenance["data"]["hash"], self.it.provenance["data"]["hash"])
         _same(folder, "held-out text", known.get("held_out", {}).get("hash"), self.text.provenance["hash"])
+        if setup.scoring.get("apply_chat_template") and (
+            self.own is not None or not interop.tokenizer(interop.resolve(setup.path)).chat_template
+        ):
+            raise UserError(f"the tokenizer of {setup.path} has no chat template; leave out --apply_chat_template")
         if anew:
             with locked(folder, BUSY.format(folder)):
                 shutil.rmtree(folder)
@@ -401,6 +411,7 @@ class Work:
                 )
             },
             "held_out": self.text.provenance,
+            "scoring": self.setup.scoring,
         }
         self._finish(self.comparison.reference, self._measured(self.comparison.reference), {"checkpoint": known})
 
@@ -416,7 +427,7 @@ class Work:
             with applied(model, plan := PrunePlan.load(place / "plan.json")):
                 self.it.write(plan, place / "checkpoint", True, False)
             return
-        constraints = constraints.for_router(model.n_groups, model.min_experts)
+        constraints = constraints.for_model(model)
         plan = pruner.plan(self.evidence(pruner), constraints).made_by(pruner)
         before = read_json(job_folder(self.folder, self.comparison.reference) / "result.json", "result")["val_loss"]
         with applied(model, plan):
@@ -444,12 +455,12 @@ class Work:
             if own is not None:
                 ids = [list(layer.ids) for layer in model.moe_layers]
                 source = dataclasses.replace(own, expert_ids=ids, state=_module(model).state_dict())
-            how = {"batch_size": self.setup.how.batch_size, "device": self.setup.how.device}
+            how = {"batch_size": self.setup.how.batch_size, "device": self.setup.how.device, **self.setup.scoring}
             with _log(job_folder(self.folder, name)) as log, redirect_stdout(log), redirect_stderr(log):
                 scores = scored(source, self.comparison, job_folder(self.folder, name), **how)
         return {
             "step": 0 if own is None else own.step,
-            **_sizes(model),
+            **sizes(model, _module(model)),
             "unpruned_parameters": self.whole,
             "val_loss": losses,
             "scores": scores,
@@ -476,20 +487,6 @@ def _module(model: PrunableModel) -> torch.nn.Module:
     module: Any = model.model if isinstance(model, TransformersModel) else model
     assert isinstance(module, torch.nn.Module)
     return module
-
-
-def _sizes(model: PrunableModel) -> dict[str, Any]:
-    parameters = list(_module(model).parameters())
-    total = active = sum(p.numel() for p in parameters)
-    for layer in model.moe_layers:
-        expert = sum(p.numel() // p.shape[dim] for p, dim in layer.expert_parameters().values())
-        active -= (layer.n_experts - model.top_k) * expert
-    return {
-        "parameters": total,
-        "active_parameters": active,
-        "experts_kept": [layer.n_experts for layer in model.moe_layers],
-        "weights_bytes": sum(p.numel() * p.element_size() for p in parameters),
-    }
 
 
 @contextmanager

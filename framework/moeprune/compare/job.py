@@ -145,7 +145,8 @@ def _measure(comparison: Comparison, folder: Path, name: str, checkpoint: Any) -
         _combined(checkpoint.plans).save(place / plan)
     return {
         "step": checkpoint.step,
-        **sizes(model, checkpoint.config),
+        **sizes(model, model),
+        "unpruned_parameters": unpruned_parameters(checkpoint.config),
         "val_loss": {domain: values.tolist() for domain, values in losses.items()},
         "scores": scores,
         "optimizer_bytes": _optimizer_bytes(place / "last.ckpt"),
@@ -165,21 +166,35 @@ def scored(source: Any, comparison: Comparison, place: Path, **how: Any) -> dict
     return headline(results, suite)
 
 
-def sizes(model: Any, config: Any) -> dict[str, Any]:
-    """Parameters and experts of a model that was built by `config` and may have been pruned since."""
-    parameters = sum(p.numel() for p in model.parameters())
-    per_token = parameters
+def sizes(model: Any, module: Any) -> dict[str, Any]:
+    """Parameters and experts.
+
+    Args:
+        model: a `PrunableModel`.
+        module: the torch module that holds its parameters.
+    """
+    parameters = list(module.parameters())
+    total = active = sum(p.numel() for p in parameters)
     for layer in model.moe_layers:
-        expert = sum(p[0].numel() for p in layer.experts.parameters())
-        per_token -= (layer.n_experts - config.top_k) * expert
+        expert = sum(p.numel() // p.shape[dim] for p, dim in layer.expert_parameters().values())
+        active -= (layer.n_experts - model.top_k) * expert
     return {
-        "parameters": parameters,
-        "unpruned_parameters": _unpruned_parameters(config),
-        "active_parameters": per_token,
+        "parameters": total,
+        "active_parameters": active,
         "experts_kept": [layer.n_experts for layer in model.moe_layers],
         "n_groups": model.n_groups,
-        "weights_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "weights_bytes": sum(p.numel() * p.element_size() for p in parameters),
     }
+
+
+def unpruned_parameters(config: Any) -> int:
+    """Parameters of the model that `config` builds."""
+    import torch
+
+    from moeprune.model.transformer import MoETransformer
+
+    with torch.device("meta"):
+        return sum(p.numel() for p in MoETransformer(config).parameters())
 
 
 def _combined(plans: list[PrunePlan]) -> PrunePlan:
@@ -194,12 +209,3 @@ def _optimizer_bytes(path: Path) -> int:
         return 0
     states = (state for optimizer in read_lightning(path)["optimizer_states"] for state in optimizer["state"].values())
     return sum(v.numel() * v.element_size() for state in states for v in state.values() if hasattr(v, "element_size"))
-
-
-def _unpruned_parameters(config: Any) -> int:
-    import torch
-
-    from moeprune.model.transformer import MoETransformer
-
-    with torch.device("meta"):
-        return sum(p.numel() for p in MoETransformer(config).parameters())

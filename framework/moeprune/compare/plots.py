@@ -368,7 +368,7 @@ def _ranked(results: Results, looks: Mapping[str, Mapping[str, Any]]) -> Figure:
                     axis, y, v, looks[v["name"]], f"{v['jump']['value']:.3f} ± {half_width(v['jump']):.3f}", small=True
                 )
         _jump_axis(axis, len(rows))
-        axis.set_title(f"{budget} removed", loc="left", y=1.0, fontsize=10, color=INK, fontweight="bold")
+        axis.set_title(f"{_plain(budget)} removed", loc="left", y=1.0, fontsize=10, color=INK, fontweight="bold")
         axis.set_xlim(left=min(0.0, axis.get_xlim()[0]))
         axis.tick_params(axis="y", length=0)
     axes[0].set_yticks(range(len(rows)), [_plain(name) for name, _ in rows])
@@ -514,7 +514,8 @@ def overlap(results: Results) -> Figure:
         ratio = float(named[1]) / 100 if named else budget["ratio"]
         shared, drawn = (np.array([budget[key]], dtype=np.float64) for key in ("overlap", "chance"))
         budgets.append(Budget(ratio, {}, shared, drawn))
-    return overlap_map(Sweep(tuple(found["names"]), tuple(budgets), tuple(map(tuple, found["families"])), {}))
+    names, *families = (tuple(map(_plain, each)) for each in (found["names"], *found["families"]))
+    return overlap_map(Sweep(names, tuple(budgets), tuple(families), {}))
 
 
 def score_against_parameters(results: Results) -> Figure:
@@ -544,7 +545,7 @@ def _sweeps(results: Results) -> bool:
     """Whether strategies were scored at several budgets, with differences to the reference."""
     place, names = scored(results)
     return any(
-        v["budget"] and (v.get(place) or {}).get(name, {}).get("vs_reference")
+        (v.get(place) or {}).get(name, {}).get("vs_reference")
         for v in done(results)
         if v.get("budget")
         for name in names
@@ -711,7 +712,7 @@ def _line(**look: Any) -> Any:
 
 def _legend_above(figure: Figure, keys: Sequence[tuple[str, dict[str, Any]]], row: int = 0) -> None:
     width, height = figure.get_size_inches()
-    handles = [_line(label=label, **look) for label, look in keys]
+    handles = [_line(label=_plain(label), **look) for label, look in keys]
     where = (0.05 / width, 1 - (0.38 + 0.26 * row) / height)
     figure.legend(
         handles=handles, loc="upper left", bbox_to_anchor=where, ncols=len(keys), frameon=False, fontsize=9, **NARROW

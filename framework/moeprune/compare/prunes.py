@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from moeprune import checkpoints
-from moeprune.compare.job import TRUNK, arguments, sizes
+from moeprune.compare.job import TRUNK, arguments, sizes, unpruned_parameters
 from moeprune.compare.spec import Comparison, job_folder
 from moeprune.errors import UserError
 from moeprune.files import read_json, write_text
@@ -58,7 +58,7 @@ def prune(comparison: Comparison, folder: Path, name: str) -> dict[str, Any]:
     model, after, pruner = trunk.model, before, trunk.pruning.pruner
     n_before = sum(parameter.numel() for parameter in model.parameters())
     if pruner is not None:
-        constraints = trunk.pruning.constraints.for_router(model.n_groups, model.min_experts)
+        constraints = trunk.pruning.constraints.for_model(model)
         plan = pruner.plan(trunk.evidence(pruner), constraints).made_by(pruner)
         apply_plan(model, plan)
         after = trunk.losses(model)
@@ -73,7 +73,8 @@ def prune(comparison: Comparison, folder: Path, name: str) -> dict[str, Any]:
         write_text(trunk.place / "events.jsonl", json.dumps(event) + "\n")
     return {
         "step": trunk.checkpoint.step,
-        **sizes(model, trunk.checkpoint.config),
+        **sizes(model, model),
+        "unpruned_parameters": unpruned_parameters(trunk.checkpoint.config),
         "val_loss": after,
         "scores": {},
         "optimizer_bytes": None,

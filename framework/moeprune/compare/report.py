@@ -327,11 +327,8 @@ def _cut(results: Results) -> str:
         when = (
             "At the prune" if len(steps) < 2 else f"At its {len(steps)} prunes, steps {_and(map(str, steps))} together,"
         )
-        text += (
-            f". {when} its validation loss {word} by {by}"
-            if word
-            else f". {when.rstrip(',')}: {NO_DIFFERENCE} in validation loss"
-        )
+        loss = "validation loss" if _checkpoint(results) is None else "loss on held-out text"
+        text += f". {when} its {loss} {word} by {by}" if word else f". {when.rstrip(',')}: {NO_DIFFERENCE} in {loss}"
     return text + "."
 
 
@@ -698,6 +695,7 @@ def _run(results: Results) -> Table:
             f"a prune of that model, and none trained on"
         )
     given = _checkpoint(results)
+    suite += "".join(f", {option}={value}" for option, value in (given or {}).get("scoring", {}).items())
     steps: list[list[str | Link]] = [["training", training], ["data", "domains: " + ", ".join(results["domains"])]]
     if given is not None:
         found = given["calibration"]

@@ -17,7 +17,8 @@
 
     CHECKPOINT {"path": str, "weights": sha256, "family": str, "experts": [int per layer], "top_k": K, "n_groups": int,
                 "calibration": {"data": {"source": str, "hash": str, ...}, "calibration_tokens": int, "seq_len": int | null, ...},
-                "held_out": {"source": str, "hash": str, "sequences": int, "tokens": int, "seq_len": int}}
+                "held_out": {"source": str, "hash": str, "sequences": int, "tokens": int, "seq_len": int},
+                "scoring": {option of `moeprune evaluate`: value}}
     OVERLAP  {"names": [S strategies], "families": [[strategy]],
               "budgets": [{"budget": str, "ratio": share removed, "overlap": [S][S], "chance": [S][S]}]}
              Jaccard index of the experts that two remove, mean over layers, and its mean if both drew lots; null: remove nothing

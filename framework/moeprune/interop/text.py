@@ -70,7 +70,8 @@ def _file(path: Path) -> Iterator[Document]:
         for number, row in enumerate(rows):
             yield _document(row, f"{path}, entry {number}")
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    # not splitlines, which ends lines at characters that a JSON string may hold
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 row = json.loads(line)

@@ -345,20 +345,25 @@ class TransformersModel:
         raise UserError(f"cannot find the number of experts per token of model type {self.config.model_type!r}")
 
     @property
-    def n_groups(self) -> int:
-        """See `PrunableModel`."""
+    def _groups(self) -> int | None:
+        """Groups of the router, of which there may be one; None if it looks at none."""
         router = self.moe_layers[0].router
         if getattr(router, "topk_method", "group") == "greedy":
-            return 1
-        return next((v for name in GROUPS if isinstance(v := getattr(router, name, None), int)), 1)
+            return None
+        return next((v for name in GROUPS if isinstance(v := getattr(router, name, None), int)), None)
+
+    @property
+    def n_groups(self) -> int:
+        """See `PrunableModel`."""
+        return self._groups or 1
 
     @property
     def min_experts(self) -> int:
-        """See `PrunableModel`: group-limited routers look at the two best experts of each group."""
-        groups = self.n_groups
-        if groups == 1:
+        """See `PrunableModel`: group-limited routers look at the two best experts of each group, also where there is one."""
+        groups = self._groups
+        if groups is None:
             return self.top_k
-        chosen = getattr(self.moe_layers[0].router, "topk_group", groups)
+        chosen = min(groups, getattr(self.moe_layers[0].router, "topk_group", groups))
         return groups * max(2, -(-self.top_k // chosen))
 
     def logits(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from pytorch_lightning.strategies import StrategyRegistry
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moeprune.model.experts import Experts
-from moeprune.parallel.dispatch import AllToAll, Sharded
+from moeprune.parallel.dispatch import Sharded
 from moeprune.parallel.fsdp import FullyShardedStrategy
-from moeprune.parallel.layout import Layout
 from moeprune.parallel.strategy import ExpertParallel, shard
 
 
@@ -31,16 +29,7 @@ class ExpertParallelFullyShardedStrategy(ExpertParallel, FullyShardedStrategy):
     """
 
     strategy_name = "ep_fsdp2"
-
-    def __init__(
-        self,
-        ep_size: int | None = None,
-        dispatcher: Callable[[Layout, dist.ProcessGroup], Sharded] = AllToAll,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        self._deal(ep_size, dispatcher)
-        self._accumulating = False
+    _accumulating = False
 
     @property
     def passes_need_all(self) -> bool:

@@ -88,7 +88,7 @@ def write(checkpoint: dict[str, Any], path: Path, first: bool) -> None:
         first: whether this is process 0.
 
     Raises:
-        OSError: it cannot be written; on all processes.
+        OSError: it cannot be written; on all processes if it is a tensor, on process 0 if it is the rest.
     """
     tensors: dict[str, Tensor] = {}
     for where, holder, name in places(checkpoint):

@@ -31,20 +31,27 @@ class ExpertParallel(Together):
 
     The world is cut into groups of `ep_size` neighbouring processes; a group holds all experts, and the gradients of an expert are
     averaged over the groups.
+
+    Args:
+        ep_size: processes that share the experts; divides the number of processes; null for all of them.
+        dispatcher: makes the dispatcher of a layer from its layout and the process group.
+        kwargs: as for the base that it is mixed into.
+
+    Raises:
+        UserError: ep_size < 1.
     """
 
     _timeout: timedelta | None
-    _wanted: int | None
-    _dispatcher: Callable[[Layout, dist.ProcessGroup], Sharded]
 
-    def _deal(self, ep_size: int | None, dispatcher: Callable[[Layout, dist.ProcessGroup], Sharded]) -> None:
-        """Called when made.
-
-        Raises:
-            UserError: ep_size < 1.
-        """
+    def __init__(
+        self,
+        ep_size: int | None = None,
+        dispatcher: Callable[[Layout, dist.ProcessGroup], Sharded] = AllToAll,
+        **kwargs: Any,
+    ) -> None:
         if ep_size is not None and ep_size < 1:
             raise UserError(f"ep_size must be at least 1, got {ep_size}")
+        super().__init__(**kwargs)
         self._wanted, self._dispatcher = ep_size, dispatcher
         self._saved_layouts: list[list[list[int]]] = []
         # of this process: those that share the experts, those with the same ones
@@ -175,15 +182,6 @@ class ExpertParallelStrategy(ExpertParallel, DDPStrategy):
     """
 
     strategy_name = "ep"
-
-    def __init__(
-        self,
-        ep_size: int | None = None,
-        dispatcher: Callable[[Layout, dist.ProcessGroup], Sharded] = AllToAll,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        self._deal(ep_size, dispatcher)
 
     # -- sharding ------------------------------------------------------------------------------------------------------
 

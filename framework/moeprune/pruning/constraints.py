@@ -6,12 +6,16 @@ import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moeprune.errors import UserError
 from moeprune.pruning.evidence import Evidence, LayerEvidence
+
+if TYPE_CHECKING:
+    from moeprune.model.prunable import PrunableModel
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,12 @@ class Constraints:
             raise UserError(f"{name} holds {len(value)} numbers, too few for layer {layer}; give one per layer")
         return value[layer]
 
+    def _check_groups(self, n_original: int, where: str) -> None:
+        if n_original % self.n_groups:
+            raise UserError(
+                f"n_groups={self.n_groups} does not divide the {n_original} experts of {where}; choose a divisor of {n_original}"
+            )
+
     def protected_in(self, layer: int | None) -> tuple[int, ...]:
         """Original ids that must stay in a layer."""
         if self.protected is None or layer is None:
@@ -84,11 +94,7 @@ class Constraints:
         n_original = n_experts if n_original is None else n_original
         if top_k > n_experts:
             raise UserError(f"top_k={top_k} is more than the {n_experts} experts of {where}; lower top_k")
-        if n_original % self.n_groups:
-            raise UserError(
-                f"n_groups={self.n_groups} does not divide the {n_original} experts of {where}; "
-                f"choose a divisor of {n_original}"
-            )
+        self._check_groups(n_original, where)
         if self.multiple_of > n_experts:
             raise UserError(
                 f"multiple_of={self.multiple_of} is more than the {n_experts} experts of {where}; "
@@ -195,8 +201,24 @@ class Constraints:
             kept += members[: n_keep // self.n_groups]
         return tuple(sorted(kept))
 
-    def for_router(self, n_groups: int, min_experts: int) -> Constraints:
-        """These constraints for a router that limits its choice to `n_groups` groups and needs `min_experts` to work."""
+    def for_model(self, model: PrunableModel) -> Constraints:
+        """These constraints, and what the routers of `model` ask for; see `for_router`."""
+        return self.for_router(model.n_groups, model.min_experts, [layer.n_original for layer in model.moe_layers])
+
+    def for_router(self, n_groups: int, min_experts: int, n_original: Sequence[int] = ()) -> Constraints:
+        """These constraints for a router that limits its choice to `n_groups` groups and needs `min_experts` to work.
+
+        Args:
+            n_groups: of the router; 1 if it has none.
+            min_experts: fewest experts that a layer works with.
+            n_original: experts of each layer at first, where they are known: groups of these constraints that do not divide
+                them are refused before the router's are joined with them.
+
+        Raises:
+            UserError: max_keep below `min_experts`, or groups that do not divide a layer.
+        """
+        for layer, n in enumerate(n_original):
+            self._check_groups(n, f"layer {layer}")
         most = self.max_keep if isinstance(self.max_keep, list) else [self.max_keep]
         if low := [n for n in most if n is not None and n < min_experts]:
             raise UserError(

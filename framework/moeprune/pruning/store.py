@@ -43,7 +43,7 @@ def save(evidence: Evidence, folder: str | Path, overwrite: bool = False) -> Non
         overwrite: replace evidence that is there.
 
     Raises:
-        UserError: the folder is not empty, layers hold different statistics, or the disk is full.
+        UserError: the folder is not empty, layers hold different statistics, a number is not finite, or the disk is full.
     """
     folder = new_folder(folder, overwrite)
     names = sorted(evidence.layers[0].stats) if evidence.layers else []
@@ -53,6 +53,11 @@ def save(evidence: Evidence, folder: str | Path, overwrite: bool = False) -> Non
         if odd := set(layer.stats) ^ set(names):
             raise UserError(
                 f"layer {index} and layer 0 do not hold the same statistics ({sorted(odd)[0]!r}); record them together"
+            )
+        if wrong := [name for name in names if not np.isfinite(layer.stats[name]).all()]:
+            raise UserError(
+                f"{wrong[0]} of MoE layer {index} is not finite: the model's weights or outputs hold NaN or infinity; check "
+                f"the model, or measure in float32"
             )
     provenance = dict(evidence.provenance)
     description = {
@@ -89,8 +94,7 @@ def load(folder: str | Path, needs: Iterable[str] | None = None) -> Evidence:
 
     Args:
         folder: with evidence.
-        needs: read only these statistics (and counts) if all of them are there; default: all there are. What is not finite is
-            found when a pruner asks for it (`Evidence.require`).
+        needs: read only these statistics (and counts) if all of them are there; default: all there are.
 
     Raises:
         UserError: no evidence there, an unfinished calibration, a file that is corrupt, cut short or of another format.
@@ -135,7 +139,8 @@ def load(folder: str | Path, needs: Iterable[str] | None = None) -> Evidence:
 
 def respecting(constraints: Constraints, evidence: Evidence) -> Constraints:
     """`constraints`, and what the router asks for on which `evidence` was measured."""
-    return constraints.for_router(*(int(evidence.provenance.get(name, 1)) for name in ROUTER))
+    n_groups, min_experts = (int(evidence.provenance.get(name, 1)) for name in ROUTER)
+    return constraints.for_router(n_groups, min_experts, [layer.n_original for layer in evidence.layers])
 
 
 def _fields(data: Any, path: Path) -> tuple[int, list[str], list[tuple[tuple[int, ...], int]], dict[str, Any]]:
