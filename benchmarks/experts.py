@@ -32,8 +32,8 @@ from bench import Row, arguments, ratios, report, row
 from torch import Tensor
 from torch.profiler import profile
 
-from moeprune.model import experts
-from moeprune.model.experts import grouped_mm_swiglu, grouped_swiglu, recomputed_swiglu
+from moeprune.model import blocks, experts
+from moeprune.model.experts import find_backend
 
 Sizes = tuple[int, int, int, int, int]  # T, D, F, E, K
 Layer = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -166,11 +166,11 @@ def of_size(name: str, dtype_name: str, rounds: int, loads: Sequence[str], quick
     problem = Problem(sizes, dtype)
     rows = []
     for load in loads:
-        layers: dict[str, list[Layer]] = {"blocks": [grouped_swiglu]}
+        layers: dict[str, list[Layer]] = {"blocks": [find_backend("blocks")]}
         if name != "B" and (half or load == "uniform"):
-            layers["grouped_mm"] = [grouped_mm_swiglu]
+            layers["grouped_mm"] = [find_backend("grouped_mm")]
         if name != "B" and not half and load == "uniform":
-            layers["recompute"] = [recomputed_swiglu]
+            layers["recompute"] = [find_backend("recompute")]
         for backend in ["grouped_mm"] if quick or name == "B" else ["grouped_mm", "eager"]:
             layers[f"transformers {backend}"] = [transformers_layer(sizes, backend)]
         warm = 6 if half and load == "Zipf" else 1
@@ -204,7 +204,7 @@ def numbers_of_experts(rounds: int, quick: bool) -> list[Row]:
     found = {}
     for problem in (few, many):
         layers: dict[str, list[Layer]] = {
-            "ours": [grouped_swiglu],
+            "ours": [find_backend("blocks")],
             "transformers grouped_mm": [transformers_layer(problem.sizes, "grouped_mm")],
         }
         found[problem.sizes[3]] = interleaved([problem], layers, None, 0.0, rounds)
@@ -223,7 +223,7 @@ def numbers_of_experts(rounds: int, quick: bool) -> list[Row]:
         pruned = [Problem((T, D, width, E, K), getattr(torch, dtype_name)) for E in (27, 21, 11)]
         backends = ["grouped_mm"] if quick else ["grouped_mm", "eager"]
         layers = {f"transformers {b}": [transformers_layer(p.sizes, b) for p in pruned] for b in backends}
-        layers["ours"] = [grouped_swiglu if dtype_name == "float32" else grouped_mm_swiglu] * 3
+        layers["ours"] = [find_backend("blocks" if dtype_name == "float32" else "grouped_mm")] * 3
         seconds = interleaved(pruned, layers, None, 1.0, rounds, warm=6 if dtype_name == "bfloat16" else 1)
         peer = best(seconds)
         case = f"A pruned to 27, 21, 11 experts, {dtype_name}, Zipf"
@@ -247,7 +247,7 @@ def memory_of(problem: Problem, layer: Layer) -> tuple[int, int]:
     indices = next(problem.routings(0.0))
     problem.forward(layer, indices).backward(problem.upstream)
     problem.forward(layer, indices)
-    experts._KEPT.memory = torch.empty(0, dtype=torch.uint8)
+    blocks.scratch.kept.clear()
     with profile(profile_memory=True) as forward:
         out = problem.forward(layer, indices)
     with profile(profile_memory=True) as backward:  # the weights' gradients are left out

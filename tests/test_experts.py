@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -12,13 +14,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moeprune.errors import UserError
-from moeprune.model import experts
+from moeprune.model import rows as rows_of_experts
+from moeprune.model.blocks import each_swiglu
 from moeprune.model.config import MoEConfig
-from moeprune.model.experts import BACKENDS, Backend, Experts, each_swiglu, find_backend, reference_swiglu
+from moeprune.model.experts import BACKENDS, GROUP, Backend, Experts, find_backend, reference_swiglu
 from moeprune.model.transformer import MoETransformer
 
-FAST = [name for name in BACKENDS if name != "reference"]
-IN_BLOCKS = ["blocks", "recompute"]
+HERE = [*BACKENDS, *(["compiled"] if shutil.which(os.environ.get("CC", "cc")) else [])]
+FAST = [name for name in HERE if name != "reference"]
+IN_BLOCKS = [name for name in FAST if name != "grouped_mm"]
 
 
 def problem(
@@ -59,12 +63,12 @@ def test_equals_reference_float64(name: str, T: int, D: int, F: int, E: int, K: 
     """Any sizes, blocks that cut experts in the middle, experts without a token."""
     K = min(K, E)
     args = problem(T, D, F, E, K, seed, torch.float64, used=max(K, E // 2))
-    before = experts.ROWS_PER_BLOCK
-    experts.ROWS_PER_BLOCK = rows
+    before = rows_of_experts.ROWS
+    rows_of_experts.ROWS = rows
     try:
         fast = outputs_and_gradients(find_backend(name), args)
     finally:
-        experts.ROWS_PER_BLOCK = before
+        rows_of_experts.ROWS = before
     for a, b in zip(fast, outputs_and_gradients(reference_swiglu, args), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
@@ -165,7 +169,7 @@ def test_only_the_gradients_asked_for(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_recompute_is_bit_identical(dtype: torch.dtype) -> None:
     args = problem(70, 32, 16, 5, 2, 4, dtype)
-    plain, again = (outputs_and_gradients(find_backend(name), args) for name in IN_BLOCKS)
+    plain, again = (outputs_and_gradients(find_backend(name), args) for name in ("blocks", "recompute"))
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
@@ -198,7 +202,7 @@ def test_blocks_cover_every_row_once() -> None:
     for counts in ([3, 0, 7], [1024, 1025, 1, 0, 5000], [], [0, 0], [16, 2048]):
         for rows in (1, 5, 1024):
             row, seen = 0, [0] * len(counts)
-            for start, end, of, sizes in experts._blocks(counts, rows):
+            for start, end, of, sizes in rows_of_experts.cut(counts, rows):
                 assert start == row
                 assert 0 < end - start == sum(sizes) <= rows
                 row = end
@@ -209,7 +213,7 @@ def test_blocks_cover_every_row_once() -> None:
 
 def test_padding_repeats_the_experts_own_last_row() -> None:
     pick = torch.tensor([[0, 3], [3, 1], [3, 0]])
-    rows = experts._sorted(pick, 5, 4)
+    rows = rows_of_experts.sorted_rows(pick, 5, 4)
     assert rows.choice.tolist() == [0, 5, 5, 5, 3, 3, 3, 3, 1, 2, 4, 4]
     assert rows.padding.tolist() == [False, False, True, True, False, True, True, True, False, False, False, True]
 
@@ -342,9 +346,7 @@ def test_a_backend_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     info = tmp_path / "acme_experts-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-experts\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(
-        f"[{experts.GROUP}]\nacme = acme_experts:experts\nbroken = acme_experts:nothing\n"
-    )
+    (info / "entry_points.txt").write_text(f"[{GROUP}]\nacme = acme_experts:experts\nbroken = acme_experts:nothing\n")
     with pytest.raises(UserError, match="acme"):
         find_backend("acme")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -355,3 +357,66 @@ def test_a_backend_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         find_backend("broken")
     with pytest.raises(UserError, match="did you mean 'blocks'"):
         find_backend("block")
+
+
+@pytest.mark.skipif("compiled" not in HERE, reason="no C compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_kernels_are_the_same_bits_on_any_number_of_threads(dtype: torch.dtype) -> None:
+    """Widths that vectors and threads do not divide."""
+    args = problem(130, 300, 37, 5, 2, 0, dtype)
+    between = find_backend("compiled").keywords["between"]  # type: ignore[attr-defined]
+    g = torch.Generator().manual_seed(0)
+    n, width = 53, 37
+    gate_up, dh = (torch.randn(n, k, generator=g).to(dtype) for k in (2 * width, width))
+    w, at = torch.rand(n, 1, generator=g), torch.randint(7, (n,), generator=g)
+    values = torch.randn(n, 300, generator=g).to(dtype)
+    found: list[list[Tensor]] = []
+    before = torch.get_num_threads()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        try:
+            h, again, d_gate_up, dw = (torch.empty_like(t) for t in (dh, dh, gate_up, w))
+            total, taken = torch.zeros(7, 300), torch.empty_like(values)
+            between.swiglu(gate_up, w, h)
+            between.swiglu_backward(gate_up, dh, w, again, d_gate_up, dw)
+            between.add(total, at, values)
+            between.take(values, at, taken)
+        finally:
+            torch.set_num_threads(before)
+        assert torch.equal(taken, values[at])
+        found.append([h, again, d_gate_up, dw, total])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert len(outputs_and_gradients(find_backend("compiled"), args)) == 5
+
+
+@pytest.mark.skipif("compiled" not in HERE, reason="no C compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_kernels_on_extreme_numbers(dtype: torch.dtype) -> None:
+    """Large gates saturate as silu does; what is not finite does not become finite."""
+    between = find_backend("compiled").keywords["between"]  # type: ignore[attr-defined]
+    gate = torch.tensor([0.0, -0.0, 1e-30, 30, -30, 100, -100, 1e30, -1e30, torch.inf, torch.nan, 88.8, -88.8])
+    gate_up = torch.cat([gate, torch.ones_like(gate)])[None].to(dtype)
+    one, h = torch.ones(1, 1), torch.empty(1, len(gate), dtype=dtype)
+    between.swiglu(gate_up, one, h)
+    expected = torch.nn.functional.silu(gate_up[:, : len(gate)].double()).to(dtype)
+    torch.testing.assert_close(h, expected, equal_nan=True, rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=1e-35)
+    dh, d_gate_up, dw = torch.ones_like(h), torch.empty_like(gate_up), torch.empty(1, 1)
+    between.swiglu_backward(gate_up, dh, one, h, d_gate_up, dw)
+    assert dw.isnan().all()
+    assert d_gate_up[0, : len(gate)].isfinite().sum() == len(gate) - 2
+
+
+def test_compiled_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sentence that names the compiler and the way out; a compiler that fails is quoted."""
+    compiled = pytest.importorskip("moeprune_plugins.expert_backends.compiled") if "compiled" in HERE else None
+    monkeypatch.setenv("MOEPRUNE_CACHE", str(tmp_path))
+    monkeypatch.setenv("CC", "/no/such/cc -m64")
+    with pytest.raises(UserError, match=r"/no/such/cc -m64.*CC, or use expert_backend=blocks"):
+        compiled.built() if compiled else find_backend("compiled")
+    failing = tmp_path / "cc"
+    failing.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "no space left" >&2\nexit 1\n')
+    failing.chmod(0o755)
+    monkeypatch.setenv("CC", str(failing))
+    with pytest.raises(UserError, match=r"no space left"):
+        compiled.built() if compiled else find_backend("compiled")
+    assert not list(tmp_path.glob("kernels/*"))

@@ -18,6 +18,13 @@ except ImportError:  # not on Windows, where folders are not locked
     fcntl = None  # type: ignore[assignment]
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept: tokenizers, tokens, compiled kernels: $MOEPRUNE_CACHE, else moeprune/ in $XDG_CACHE_HOME or ~/.cache."""
+    if "MOEPRUNE_CACHE" in os.environ:
+        return Path(os.environ["MOEPRUNE_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moeprune"
+
+
 @contextmanager
 def atomic(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a temporary neighbour of `path` that takes its name once it is written and flushed to disk.

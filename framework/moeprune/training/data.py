@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import lzma
-import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,20 +29,13 @@ from torch import Tensor
 from moeprune import embedded
 from moeprune.checkpoints import END_OF_TEXT
 from moeprune.errors import UserError
-from moeprune.files import atomic, write_text
+from moeprune.files import atomic, cache_folder, write_text
 from moeprune.interop.native import check_vocabulary, parsed, read_tokenizer
 
 Tokens = NDArray[np.uint16] | NDArray[np.uint32]
 SPLITS = ("train", "valid", "test")
 _FORMAT = "1"  # part of every cache key; change it when the meaning of cached files changes
 _SAMPLE_CHARACTERS = 3_000_000  # text that the tokenizer is trained on; more does not help (docs/data.md)
-
-
-def cache_folder() -> Path:
-    """Where tokenizers and tokens are kept: $MOEPRUNE_CACHE, else moeprune/ in $XDG_CACHE_HOME or ~/.cache."""
-    if "MOEPRUNE_CACHE" in os.environ:
-        return Path(os.environ["MOEPRUNE_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moeprune"
 
 
 class Corpus:

@@ -1,0 +1,1 @@
+"""Built-in ways to compute experts that need more than torch."""
