@@ -23,7 +23,7 @@ from moeprune.cli import main
 from moeprune.compare.gather import gather
 from moeprune.compare.report import terminal_table, write_report
 from moeprune.compare.results import NO_DIFFERENCE, difference, mean_and_stderr
-from moeprune.compare.spec import Comparison, Sweep, Variant
+from moeprune.compare.spec import RESERVED, Comparison, Sweep, Variant
 from moeprune.files import read_rows
 
 LAEP = {"class_path": "laep", "init_args": {"beta": 0.3}}
@@ -321,6 +321,8 @@ def test_files(finished: Path) -> None:
         assert (finished / "out" / name).stat().st_size > 0, name
     plan = json.loads((finished / "out" / "laep" / "plan.json").read_text())
     assert plan["kept"]
+    own = {path.name for path in (finished / "out").iterdir()} - set(COMPARISON["variants"])
+    assert {name for name in own if not name.startswith(".")} <= set(RESERVED)
 
 
 def test_second_call_reuses_everything(finished: Path, corpus: Path) -> None:
@@ -392,6 +394,8 @@ def test_killed_comparison_continues(finished: Path, corpus: Path, tmp_path: Pat
         ({"recipe": "nowhere.yaml"}, "nowhere.yaml"),
         ({"variants": {"base": {"start": "untrained"}}}, "untrained"),
         ({"variants": {"trunk": {}, "base": {}}}, "trunk"),
+        ({"variants": {"results.json": {}, "base": {}}}, "'results.json', which the comparison keeps"),
+        ({"variants": {".lock": {}, "base": {}}}, "cannot be called '.lock'; use letters"),
         ({"variants": {"base": {}, "a": {"config": {"pruning": 3}}}}, "pruning"),
         ({"variants": {"base": {}, "a": {"confg": {}}}}, "config"),
         ({"variants": {"base": {}, "a": {"start": "trunc"}}}, "trunk"),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import lzma
 import shutil
 from pathlib import Path
 
@@ -126,6 +129,52 @@ def test_bad_data(corpus: Path, tmp_path: Path) -> None:
         list(Corpus(str(tmp_path)).texts("x", "valid"))
     with pytest.raises(UserError, match="seq_len must be at least 1"):
         TextData(seq_len=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        (
+            "sky.train.jsonl",
+            b'{"text": "sun"}\n{"text": "\xff"}\n',
+            r"^line 2 of .*sky\.train\.jsonl is not UTF-8 text",
+        ),
+        (
+            "sky.valid.jsonl",
+            b'\n{"text": "sun"}\n',
+            r'^line 1 of .*sky\.valid\.jsonl is not a JSON object with a "text"',
+        ),
+        ("sky.valid.jsonl.xz", b"no xz", r"^.*sky\.valid\.jsonl\.xz is not a complete \.xz file \("),
+        ("sky.train.jsonl.xz", lzma.compress(b'{"text": "sun"}\n')[:-9], r"^.*sky\.train\.jsonl\.xz is not a complete"),
+    ],
+)
+def test_damaged_text_is_named(corpus: Path, tmp_path: Path, name: str, content: bytes, sentence: str) -> None:
+    """Also where the tokenizer's training reads it."""
+    folder = tmp_path / "corpus"
+    shutil.copytree(corpus, folder)
+    (folder / name.removesuffix(".xz")).unlink()
+    (folder / name).write_bytes(content)
+    with pytest.raises(UserError, match=sentence) as raised:
+        TokenStore(Corpus(str(folder), ["sky"]), 300, tmp_path / "cache")
+    assert "\n" not in str(raised.value)
+    assert not list((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize("times", [0, 1])  # reads of the file that work: for the hash, for the tokenizer
+def test_text_that_cannot_be_read(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """Not told as a cache that cannot be written."""
+    plain, reads = io.open, []
+
+    def broken(path: object, *args: object, **kwargs: object) -> object:
+        if str(path).endswith("sky.train.jsonl"):
+            reads.append(path)
+            if len(reads) > times:
+                raise OSError(errno.EIO, "Input/output error")
+        return plain(path, *args, **kwargs)  # type: ignore[call-overload]
+
+    monkeypatch.setattr("io.open", broken)
+    with pytest.raises(UserError, match=r"^cannot read .*sky\.train\.jsonl: Input/output error"):
+        TokenStore(Corpus(str(corpus), ["sky"]), 300, tmp_path / "cache")
 
 
 def words(size: int, *more: str) -> Tokenizer:

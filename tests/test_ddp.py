@@ -61,7 +61,11 @@ def test_equals_one_process(recipe: Path, two: Path, tmp_path: Path) -> None:  #
         row["loads"] for row in loads[1][:2]
     ]  # counts are summed over ranks
     assert len(read_rows(two / "history.jsonl")) == 20
-    assert len(read_rows(two / "events.jsonl")) == 1
+    (event,), (expected,) = (read_rows(folder / "events.jsonl") for folder in (two, tmp_path / "one"))
+    for when, losses in expected["val_loss"].items():  # each rank evaluated one of the two domains
+        assert list(event["val_loss"][when]) == list(losses)
+        for domain, values in losses.items():
+            assert event["val_loss"][when][domain] == pytest.approx(values, abs=1e-5)
     losses = [read_rows(folder / "validation.jsonl") for folder in (tmp_path / "one", two)]
     assert len(losses[0]) == 2
     for row, expected in zip(*losses, strict=True):  # a domain is one batch here, so each rank evaluates one of the two

@@ -10,19 +10,24 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 import yaml
 
-from moeprune import Evidence, checkpoints, create
+from moeprune import Evidence, MoEConfig, MoETransformer, checkpoints, create
 from moeprune.cli import main
+from moeprune.errors import UserError
 from moeprune.files import read_rows
 from moeprune.model import transformer
 from moeprune.pruning.trigger import Progress, Trigger
 from moeprune.training.callbacks import LastCheckpoint
+from moeprune.training.data import EvaluationBatches
+from moeprune.training.expert_pruning import _joined, save_checkpoint
 from moeprune.training.module import MoELanguageModel
 from moeprune_plugins.balancers.global_batch import GlobalBatch
 
@@ -324,6 +329,25 @@ def test_diverged_run_stops_with_a_sentence(recipe: Path, tmp_path: Path, capsys
     assert "step" in error
 
 
+def test_divergence_is_seen_with_frozen_routers() -> None:
+    """In the experts then; nothing is to be seen where these are frozen too."""
+    module = MoELanguageModel(MoEConfig(vocab_size=11, d_model=8, n_layers=2, n_heads=2, n_experts=3, d_expert=4))
+    module.trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    module.model = model = MoETransformer(module.config)
+    optimizer = torch.optim.SGD(model.parameters())
+    for layer in model.moe_layers:
+        layer.router.requires_grad_(False)
+    model.logits(torch.arange(10)[None]).sum().backward()
+    module.on_before_optimizer_step(optimizer)
+    down: Any = model.moe_layers[1].experts.down
+    down.grad.fill_(float("nan"))
+    with pytest.raises(UserError, match="the gradient of layer 1 is not finite at step 0"):
+        module.on_before_optimizer_step(optimizer)
+    for layer in model.moe_layers:
+        layer.zero_grad(set_to_none=True)
+    module.on_before_optimizer_step(optimizer)
+
+
 def test_recipes_build_on_their_base(tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     heir = tmp_path / "heir.yaml"
     heir.write_text(f"base: {os.path.relpath(recipe, tmp_path)}\npruning: {{pruner: laep, trigger: stable}}\n")
@@ -611,3 +635,92 @@ def test_balancers_get_the_counts_of_all_micro_batches(
     assert sum(loads[0][0]) == 2 * 2 * 4 * 16  # top-2 of 2 batches of 4 sequences
     assert len(loads[-1][0]) < 8  # pruned in between
     assert given == weighed == loads
+
+
+class Disk:
+    """What `save_checkpoint` needs of a trainer; a checkpoint is its number."""
+
+    is_global_zero = True
+
+    def __init__(self, folder: Path, pieces: bool) -> None:
+        self.default_root_dir = str(folder)
+        self.strategy = SimpleNamespace(sharded_checkpoints=pieces, barrier=lambda: None)
+        self.pieces, self.path, self.number, self.broken = pieces, folder / "last.ckpt", 0, ""
+
+    def save_checkpoint(self, path: Path) -> None:
+        if self.pieces:
+            path.mkdir()
+            (path / "0.distcp").write_text("")
+        if self.broken == "write":
+            raise OSError(28, "No space left on device")
+        self.number += 1
+        (path / "meta.pt" if self.pieces else path).write_text(str(self.number))
+
+    def save(self) -> None:
+        save_checkpoint(self, "last.ckpt")  # type: ignore[arg-type]
+
+    def read(self) -> int:
+        return int((self.path / "meta.pt" if self.pieces else self.path).read_text())
+
+
+@pytest.mark.parametrize("pieces", [False, True])
+def test_a_checkpoint_that_has_its_name_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pieces: bool) -> None:
+    """Whatever fails: writing the next one, or removing the one before."""
+    disk, remove = Disk(tmp_path, pieces), shutil.rmtree
+
+    def rmtree(path: Path) -> None:
+        if disk.broken == "remove":
+            raise OSError(5, "Input/output error")
+        remove(path)
+
+    if not pieces:  # as left by a run that wrote pieces
+        (tmp_path / ".last.ckpt.1").mkdir()
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    for number in (1, 2, 3):
+        disk.save()
+        assert disk.read() == number
+        disk.broken = "write"
+        with pytest.raises(UserError, match=r"cannot write the checkpoint .*: No space left on device"):
+            disk.save()
+        assert disk.read() == number
+        assert sum(path.name.startswith(".") for path in tmp_path.iterdir()) == pieces
+        disk.broken = ""
+    if not pieces:
+        (tmp_path / ".last.ckpt.1").mkdir()
+    disk.broken = "remove"
+    disk.save()
+    assert disk.read() == 4
+    assert sum(path.name.startswith(".") for path in tmp_path.iterdir()) == 1 + pieces
+    disk.broken = ""
+    disk.save()
+    assert disk.read() == 5
+    assert sum(path.name.startswith(".") for path in tmp_path.iterdir()) == pieces
+
+
+def test_a_checkpoint_in_pieces_takes_the_place_of_a_copy(tmp_path: Path) -> None:
+    disk = Disk(tmp_path, True)
+    disk.save()
+    shutil.copytree(disk.path, tmp_path / "copy")
+    disk.path.unlink()
+    (tmp_path / "copy").replace(disk.path)
+    disk.save()
+    assert disk.read() == 2
+    assert disk.path.is_symlink()
+    assert len([*tmp_path.iterdir()]) == 2
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+def test_losses_of_shared_out_batches_are_joined_in_order(world: int) -> None:
+    """7, 1 and 4 sequences in batches of 3, over any number of processes; here a sequence's loss is its first token."""
+    tokens = {"a": np.arange(100, 115), "b": np.arange(200, 209), "c": np.arange(300, 312)}
+
+    def losses(rank: int, of: int) -> list[dict[str, Any]]:
+        batches = EvaluationBatches(tokens, 8, 3, 7, rank, of)  # type: ignore[arg-type]
+        return [{batch["domain"]: batch["tokens"][:, 0].double().numpy()} for batch in batches]
+
+    joined = _joined([losses(rank, world) for rank in range(world)])
+    assert {domain: values.tolist() for domain, values in joined.items()} == {
+        "a": list(range(100, 107)),
+        "b": [200],
+        "c": list(range(300, 304)),
+    }

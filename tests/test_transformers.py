@@ -294,6 +294,18 @@ def test_fewest_experts_of_a_router_with_groups(
                 model.logits(tokens())
 
 
+def test_phimoe_takes_two_experts_whatever_its_configuration_says() -> None:
+    """Of one it makes NaN; no prune leaves one."""
+    model = TransformersModel(build("phimoe", num_experts_per_tok=1), n_original=8)
+    assert (model.top_k, model.min_experts) == (2, 2)
+    with torch.no_grad():
+        for n in (1, 2):
+            with only(model, tuple(tuple(range(n)) for _ in model.moe_layers)):
+                assert bool(model.logits(tokens()).isfinite().all()) == (n == 2)
+    with pytest.raises(UserError, match="max_keep=1 is below 2"):
+        exactly(model, [1] * len(model.moe_layers))
+
+
 BURIES = ["deepseek_v3", "glm4_moe", "dots1", "exaone_moe", "minimax_m2", "gpt_oss", "afmoe", "lfm2_moe", "nemotron_h"]
 
 

@@ -8,7 +8,10 @@ from typing import Any, Literal
 
 from moeprune.errors import UserError, suggest
 
-RESERVED = ("trunk", "evidence", "plots", "recipes")  # folders of the comparison
+RESERVED = (  # what the comparison's folder holds beside the folders of its variants
+    *("trunk", "evidence", "plots", "recipes", "comparison.json", "results.json", "report.html", "report.md"),
+    *("seconds.json", "speed.json", "speed.log", "job.json", "error.txt"),
+)
 DATA_THAT_MUST_NOT_DIFFER = {"source", "domains", "vocab_size", "seq_len", "eval_sequences"}
 
 
@@ -160,9 +163,13 @@ class Comparison:
         if self.variants[self.reference].start == "untrained":
             raise UserError(f"the reference {self.reference!r} is untrained; compare with a trained variant")
         for name, variant in self.variants.items():
-            if name in RESERVED or not name.replace("_", "").replace("-", "").replace(".", "").isalnum():
+            if name in RESERVED:
                 raise UserError(
-                    f"a variant cannot be called {name!r}; use letters, digits, '_', '-' and '.', and not {', '.join(RESERVED)}"
+                    f"a variant cannot be called {name!r}, which the comparison keeps in its folder for itself; choose another name"
+                )
+            if name.startswith(".") or not name.replace("_", "").replace("-", "").replace(".", "").isalnum():
+                raise UserError(
+                    f"a variant cannot be called {name!r}; use letters, digits, '_', '-' and '.', which does not come first"
                 )
             if self.checkpoint is not None:
                 self._check_prune_of_checkpoint(name, variant)

@@ -337,6 +337,8 @@ class TransformersModel:
     def top_k(self) -> int:
         """See `PrunableModel`."""
         first: Any = self.moe_layers[0].router
+        if type(first).__name__ == "PhimoeTopKRouter":
+            return 2  # it picks two, whatever the configuration says
         for holder in (first, self.moe_layers[0].block, text_config(self.config)):
             for name in ("top_k", "num_experts_per_tok", "moe_topk", "top_k_experts"):
                 value = getattr(holder, name, None)

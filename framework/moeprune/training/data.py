@@ -15,6 +15,7 @@ import json
 import lzma
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +84,12 @@ class Corpus:
             yield from (document.text for document in embedded.documents(domain, split))
             return
         path = self._path(domain, split)
-        with lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else path.open(encoding="utf-8") as file:
+        with _reading(path), lzma.open(path) if path.suffix == ".xz" else path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 try:
-                    yield json.loads(line)["text"]
+                    yield json.loads(line.decode("utf-8"))["text"]
+                except UnicodeDecodeError as error:
+                    raise UserError(f"line {number} of {path} is not UTF-8 text; convert the file to UTF-8") from error
                 except (json.JSONDecodeError, KeyError, TypeError) as error:
                     raise UserError(f'line {number} of {path} is not a JSON object with a "text"') from error
 
@@ -97,8 +100,25 @@ class Corpus:
         digest = hashlib.sha256()
         for domain in self.domains:
             for split in SPLITS:
-                digest.update(f"{domain}.{split}".encode() + self._path(domain, split).read_bytes())
+                path = self._path(domain, split)
+                with _reading(path):
+                    digest.update(f"{domain}.{split}".encode() + path.read_bytes())
         return digest.hexdigest()
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """One sentence for a file of the corpus that cannot be read.
+
+    Raises:
+        UserError: the sentence.
+    """
+    try:
+        yield
+    except (lzma.LZMAError, EOFError) as error:
+        raise UserError(f"{path} is not a complete .xz file ({error}); compress or download it again") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}; check the file and its permissions") from error
 
 
 def train_tokenizer(corpus: Corpus, vocab_size: int) -> Tokenizer:

@@ -6,6 +6,8 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 
 from moeprune.balancing.metrics import ExpertLoad, load_metrics
@@ -245,7 +248,6 @@ class ExpertPruning(pl.Callback):
         assert self.pruner is not None
         step = trainer.global_step
         self.constraints = self.constraints.for_router(module.transformer.n_groups, module.transformer.min_experts)
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
         began = time.perf_counter()
         counts = self._recent_loads(trainer)
         plan = self._decide(trainer, module, counts)
@@ -262,13 +264,13 @@ class ExpertPruning(pl.Callback):
             [layout.ranks for layout in layouts],
         ]
         agree(trainer, "the prune, or on the experts it starts from", state)
-        before = domain_losses(module.transformer, data.evaluation_batches("valid"))
+        before = self._validation(trainer, module)
         n_before = _n_parameters(module)
         cutting = time.perf_counter()
         prune(trainer, plan)
         cut = time.perf_counter()
         moved = self._move(trainer, module, layouts, _survivors(plan, counts))
-        after = domain_losses(module.transformer, data.evaluation_batches("valid"))
+        after = self._validation(trainer, module)
         module.plans = [*module.plans, plan]
         event = {
             "step": step,
@@ -292,6 +294,18 @@ class ExpertPruning(pl.Callback):
         pl.utilities.rank_zero_info(
             f"step {step}: pruned ({reason}); validation loss {_mean(before):.4f} -> {_mean(after):.4f} ({jump:+.4f})\n{plan}"
         )
+
+    @staticmethod
+    def _validation(trainer: pl.Trainer, module: MoELanguageModel) -> dict[str, NDArray[np.float64]]:
+        """Per domain the validation loss of each of its sequences, in order; batches are shared out. Collective."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        batches = data.evaluation_batches("valid", trainer.global_rank, trainer.world_size)
+        own = [domain_losses(module.transformer, [batch]) for batch in batches]
+        dealt: list[Any] = [own]
+        if trainer.world_size > 1:
+            dealt = [None] * trainer.world_size
+            dist.all_gather_object(dealt, own)
+        return _joined(dealt)
 
     def _bounds(self, evidence: Evidence) -> Constraints:
         """The constraints of this prune: of a gradual one, they say how many experts each layer keeps this time."""
@@ -479,17 +493,20 @@ def save_checkpoint(trainer: pl.Trainer, name: str) -> None:
                 link = path.with_name(f".{name}.new")
                 _remove(link)
                 link.symlink_to(fresh.name)
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
+                if path.is_dir() and not path.is_symlink():  # a copy of a checkpoint; `fresh` is the first slot
+                    _remove(slots[1])
+                    path.replace(slots[1])
                 link.replace(path)
             else:
                 fresh.replace(path)
             for slot in slots:
                 if slot != fresh:
-                    _remove(slot)
+                    with suppress(OSError):  # the new one is in place; the next save tries again
+                        _remove(slot)
     except OSError as error:
         if trainer.is_global_zero:
-            _remove(fresh)
+            with suppress(OSError):
+                _remove(fresh)
         raise UserError(
             f"cannot write the checkpoint {path}: {error.strerror or error}; free space and resume from the one before"
         ) from error
@@ -529,6 +546,16 @@ def _survivors(plan: PrunePlan, counts: list[NDArray[np.int64]]) -> list[NDArray
         loads[[expert in set(kept) for expert in before]]
         for loads, before, kept in zip(counts, plan.before, plan.kept, strict=True)
     ]
+
+
+def _joined(dealt: Sequence[Sequence[Mapping[str, NDArray[np.float64]]]]) -> dict[str, NDArray[np.float64]]:
+    """Per domain the losses of batches that were dealt out in turn, [processes][batches], in their order."""
+    parts: dict[str, list[NDArray[np.float64]]] = {}
+    for turn in zip(*dealt, strict=True):
+        for losses in turn:
+            for domain, values in losses.items():
+                parts.setdefault(domain, []).append(values)
+    return {domain: np.concatenate(values) for domain, values in parts.items()}
 
 
 def _mean(losses: dict[str, NDArray[np.float64]]) -> float:

@@ -194,10 +194,11 @@ class MoELanguageModel(pl.LightningModule):
         """
         if "16-mixed" in self.trainer.precision and "bf16" not in self.trainer.precision:
             return
+        nothing = torch.ones((), dtype=torch.bool, device=self.device)
         flags = [
-            torch.stack([local(p.grad).isfinite().all() for p in parameters if p.grad is not None]).all()
+            torch.stack([nothing, *(local(p.grad).isfinite().all() for p in parameters if p.grad is not None)]).all()
             for layer in self.transformer.moe_layers
-            if (parameters := [*layer.router.parameters()] or [layer.experts.down])
+            if (parameters := [p for p in layer.router.parameters() if p.requires_grad] or [layer.experts.down])
         ]
         everywhere = torch.stack(flags)
         if isinstance(self.trainer.strategy, FullyShardedStrategy):
