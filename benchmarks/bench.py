@@ -51,15 +51,18 @@ def arguments(doc: str) -> argparse.ArgumentParser:
 
 
 def interleave(
-    calls: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.process_time
+    calls: Mapping[str, Callable[[], object]],
+    rounds: int,
+    clock: Callable[[], float] = time.process_time,
+    warm: int = 1,
 ) -> dict[str, list[float]]:
-    """Seconds of every call in every round, in random order within a round; one round before that does not count."""
+    """Seconds of every call in every round, in random order within a round; `warm` rounds before that do not count."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds + 1):
+    for turn in range(rounds + warm):
         for name in random.Random(turn).sample(list(calls), len(calls)):
             began = clock()
             calls[name]()
-            if turn:
+            if turn >= warm:
                 seconds[name].append(clock() - began)
     return seconds
 

@@ -15,7 +15,10 @@ loads have gone through more row counts than oneDNN caches kernels for: under Zi
 there a target for bfloat16 is set. `--allocator kept` (default): freed memory stays with the process (mallopt), for all implementations;
 with glibc's own thresholds every large temporary costs page faults, of which the peer has more.
 
---quick: 80 s. Otherwise about 6 minutes.
+Backends: `blocks` (the default, pure torch), which the targets for float32 are for; `compiled` (needs a C compiler), which those for
+bfloat16 are for; `grouped_mm`; `recompute`.
+
+--quick: 2 minutes. Otherwise about 8.
 """
 
 from __future__ import annotations
@@ -52,7 +55,7 @@ def keep_freed_memory() -> None:
     """Tell glibc never to give memory back."""
     libc = ctypes.CDLL("libc.so.6")
     libc.mallopt(-4, 0)  # M_MMAP_MAX
-    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
 def transformers_layer(sizes: Sizes, backend: str) -> Layer:
@@ -160,75 +163,69 @@ def best(seconds: Mapping[str, list[float]]) -> str:
 
 
 def of_size(name: str, dtype_name: str, rounds: int, loads: Sequence[str], quick: bool) -> list[Row]:
-    """One size and dtype: floor, peer, recompute, grouped_mm."""
+    """One size and dtype: every backend against floor and peer; the targets are those of `blocks` in float32 and of the fastest below."""
     sizes, dtype = SIZES[name], getattr(torch, dtype_name)
     half = dtype_name == "bfloat16"
     problem = Problem(sizes, dtype)
     rows = []
     for load in loads:
-        layers: dict[str, list[Layer]] = {"blocks": [find_backend("blocks")]}
-        if name != "B" and (half or load == "uniform"):
-            layers["grouped_mm"] = [find_backend("grouped_mm")]
-        if name != "B" and not half and load == "uniform":
-            layers["recompute"] = [find_backend("recompute")]
+        ours = ["blocks", "compiled", "grouped_mm"] if name != "B" or not quick else ["blocks", "compiled"]
+        recompute = name != "B" and not half and load == "uniform"
+        layers: dict[str, list[Layer]] = {
+            backend: [find_backend(backend)] for backend in [*ours, *(["recompute"] if recompute else [])]
+        }
         for backend in ["grouped_mm"] if quick or name == "B" else ["grouped_mm", "eager"]:
             layers[f"transformers {backend}"] = [transformers_layer(sizes, backend)]
-        warm = 6 if half and load == "Zipf" else 1
+        warm = 6 if half and load == "Zipf" else 3
         seconds = interleaved([problem], layers, dense(sizes, dtype), LOADS[load], rounds, warm)
         peer = best(seconds)
-        for ours in ["blocks", "grouped_mm"] if half and name != "B" else ["blocks"]:
-            case = f"{name}, {dtype_name}, {load}" + (f", backend {ours}" if ours != "blocks" else "")
-            target = FLOOR.get((name, dtype_name)) if load == "uniform" else None
-            rows.append(row("expert layer / dense products", case, ratios(seconds[ours], seconds["floor"]), target))
-            target = None if half and load == "uniform" else PEER.get((name, dtype_name))
-            rows.append(row(f"expert layer / {peer}", case, ratios(seconds[ours], seconds[peer]), target))
-        if not half:
-            rows += [
-                row(
-                    f"{other} / blocks",
-                    case,
-                    ratios(seconds[other], seconds["blocks"]),
-                    1.2 if other == "recompute" else None,
-                )
-                for other in ("recompute", "grouped_mm")
-                if other in layers
-            ]
+        for backend in ours:
+            case = f"{name}, {dtype_name}, {load}, {backend}"
+            of_floor, of_peer = (ratios(seconds[backend], seconds[other]) for other in ("floor", peer))
+            aimed = backend == ("compiled" if half else "blocks")
+            against_floor = FLOOR.get((name, dtype_name)) if aimed and load == "uniform" else None
+            against_peer = PEER.get((name, dtype_name)) if aimed and (not half or load == "Zipf") else None
+            rows.append(row("expert layer / dense products", case, of_floor, against_floor))
+            rows.append(row(f"expert layer / {peer}", case, of_peer, against_peer))
+        if recompute:
+            more = ratios(seconds["recompute"], seconds["blocks"])
+            rows.append(row("recompute / blocks", f"{name}, {dtype_name}, {load}", more, 1.2))
     return rows
 
 
 def numbers_of_experts(rounds: int, quick: bool) -> list[Row]:
     """The same FLOPs over 32 and over 256 experts; layers pruned to different numbers, against transformers' best."""
     T, D, width, _, K = SIZES["A"]
-    few, many = (Problem((T, D, width, E, K), torch.float32) for E in (32, 256))
+    problems = {E: Problem((T, D, width, E, K), torch.float32) for E in (32, 256)}
     rows = []
+    ours = ("blocks", "compiled")
+    peer = "transformers grouped_mm"
     found = {}
-    for problem in (few, many):
-        layers: dict[str, list[Layer]] = {
-            "ours": [find_backend("blocks")],
-            "transformers grouped_mm": [transformers_layer(problem.sizes, "grouped_mm")],
-        }
-        found[problem.sizes[3]] = interleaved([problem], layers, None, 0.0, rounds)
-    for who, target in (("ours", 1.5), ("transformers grouped_mm", None)):
-        found_ratios = ratios(found[256][who], found[32][who])
-        rows.append(row("256 experts / 32 experts", f"A, float32, uniform, {who}", found_ratios, target))
-    rows.append(
-        row(
-            "expert layer / transformers grouped_mm",
-            "A with 256 experts, float32",
-            ratios(found[256]["ours"], found[256]["transformers grouped_mm"]),
+    for E, problem in problems.items():
+        layers: dict[str, list[Layer]] = {backend: [find_backend(backend)] for backend in ours}
+        layers[peer] = [transformers_layer(problem.sizes, "grouped_mm")]
+        found[E] = interleaved([problem], layers, None, 0.0, rounds, warm=3)
+    for who in (*ours, peer):
+        more = ratios(found[256][who], found[32][who])
+        rows.append(
+            row("256 experts / 32 experts", f"A, float32, uniform, {who}", more, 1.5 if who == "blocks" else None)
         )
-    )
-    del few, many
+    rows += [
+        row(f"expert layer / {peer}", f"A with 256 experts, float32, {who}", ratios(found[256][who], found[256][peer]))
+        for who in ours
+    ]
+    del problems
     for dtype_name in ("float32", "bfloat16"):
         pruned = [Problem((T, D, width, E, K), getattr(torch, dtype_name)) for E in (27, 21, 11)]
         backends = ["grouped_mm"] if quick else ["grouped_mm", "eager"]
         layers = {f"transformers {b}": [transformers_layer(p.sizes, b) for p in pruned] for b in backends}
-        layers["ours"] = [find_backend("blocks" if dtype_name == "float32" else "grouped_mm")] * 3
-        seconds = interleaved(pruned, layers, None, 1.0, rounds, warm=6 if dtype_name == "bfloat16" else 1)
+        layers.update({backend: [find_backend(backend)] * 3 for backend in ours})
+        seconds = interleaved(pruned, layers, None, 1.0, rounds, warm=6 if dtype_name == "bfloat16" else 3)
         peer = best(seconds)
-        case = f"A pruned to 27, 21, 11 experts, {dtype_name}, Zipf"
-        case += ", backend grouped_mm" if dtype_name == "bfloat16" else ""
-        rows.append(row(f"expert layer / {peer}", case, ratios(seconds["ours"], seconds[peer]), PEER["A", dtype_name]))
+        for who in ours:
+            target = PEER["A", dtype_name] if who == ("compiled" if dtype_name == "bfloat16" else "blocks") else None
+            case = f"A pruned to 27, 21, 11 experts, {dtype_name}, Zipf, {who}"
+            rows.append(row(f"expert layer / {peer}", case, ratios(seconds[who], seconds[peer]), target))
     return rows
 
 

@@ -14,13 +14,17 @@ Peer: Qwen3-MoE of transformers with its grouped_mm experts, scaled_dot_product_
 fused AdamW, the same cross-entropy and the same allocator (see experts.py). One thread, CPU time, ratios of steps of the same round,
 in random order.
 
---quick: 80 s. Otherwise about 4 minutes.
+"Experts at the limit": an expert layer replaced by dense products of its FLOPs, with no dispatch and no activation, and the
+weights' gradients written: what no expert layer can beat, so what everything else in the step leaves.
+
+--quick: 2 minutes. Otherwise about 6.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from bench import Row, arguments, interleave, ratios, report, row
@@ -38,7 +42,7 @@ SHAPES = {(16, 256): 0.87, (2, 128): 0.92}  # (sequences, tokens of each): targe
 Step = Callable[[], None]
 
 
-def ours(max_seq_len: int) -> MoETransformer:
+def ours(max_seq_len: int, backend: str = "blocks") -> MoETransformer:
     """The model, in the form of Qwen3-MoE."""
     torch.manual_seed(0)
     config = MoEConfig(
@@ -52,6 +56,7 @@ def ours(max_seq_len: int) -> MoETransformer:
         max_seq_len=max_seq_len,
         qk_norm="head",
         head_bias=False,
+        expert_backend=backend,
     )
     return MoETransformer(config).train()
 
@@ -119,6 +124,34 @@ def floor_of(T: int) -> Step:
     return run
 
 
+class _Products(torch.autograd.Function):
+    """Nothing of an expert layer but its matrix products, as dense ones, and the weights' gradients written once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        ctx.save_for_backward(weights, gate_up, down)
+        xs, gu, h, y = ctx.buffers = [torch.ones(weights.numel(), n) for n in (D, 2 * WIDTH, WIDTH, D)]
+        torch.mm(xs, gate_up[0].t(), out=gu)
+        torch.mm(h, down[0].t(), out=y)
+        return x * 1.0
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        weights, gate_up, down = ctx.saved_tensors
+        xs, gu, h, y = ctx.buffers
+        d_gate_up, d_down = torch.zeros_like(gate_up), torch.zeros_like(down)
+        for a, b, d_a, d_b in ((xs, gu, d_gate_up, gate_up), (h, y, d_down, down)):
+            torch.mm(b.t(), a, out=d_a[0])
+            torch.mm(b, d_b[0], out=a)
+        return grads[0], torch.zeros_like(weights), d_gate_up, d_down
+
+
+def no_more_than_products(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """An expert layer at its limit; its result means nothing."""
+    out: Tensor = _Products.apply(x, weights, gate_up, down)  # type: ignore[no-untyped-call]
+    return out
+
+
 def pruned(model: MoETransformer, n: int) -> MoETransformer:
     """The model with the first `n` experts of each layer."""
     layers = model.moe_layers
@@ -128,34 +161,42 @@ def pruned(model: MoETransformer, n: int) -> MoETransformer:
 
 
 def of_shape(B: int, S: int, rounds: int, with_pruned: bool) -> list[Row]:
-    """Ours, the floor, the peer; and both with two thirds of the experts."""
+    """Ours with both backends, the floor, the peer; and ours and the peer with two thirds of the experts."""
     g = torch.Generator().manual_seed(0)
-    batches = itertools.tee(iter(lambda: torch.randint(V, (B, S + 1), generator=g), None), 4)
-    model, peer = ours(S), theirs(S)
+    batches = iter(itertools.tee(iter(lambda: torch.randint(V, (B, S + 1), generator=g), None), 6))
+    model, compiled, limit, peer = ours(S), ours(S, "compiled"), ours(S), theirs(S)
+    for layer in limit.moe_layers:
+        layer.experts.backend = no_more_than_products
     sizes = [sum(p.numel() for p in m.parameters()) for m in (model, peer)]
     assert sizes[0] == sizes[1], sizes
     calls = {
-        "ours": step_of(model, model, batches[0]),
-        "transformers": step_of(peer, lambda tokens: peer(input_ids=tokens).logits, batches[1]),
+        "blocks": step_of(model, model, next(batches)),
+        "compiled": step_of(compiled, compiled, next(batches)),
+        "experts at the limit": step_of(limit, limit, next(batches)),
+        "transformers": step_of(peer, lambda tokens: peer(input_ids=tokens).logits, next(batches)),
         "floor": floor_of(B * S),
     }
     n = 21
     if with_pruned:
         small, small_peer = pruned(ours(S), n), theirs(S, n)
-        calls["pruned"] = step_of(small, small, batches[2])
+        calls["pruned"] = step_of(small, small, next(batches))
         calls["transformers pruned"] = step_of(
-            small_peer, lambda tokens: small_peer(input_ids=tokens).logits, batches[3]
+            small_peer, lambda tokens: small_peer(input_ids=tokens).logits, next(batches)
         )
-    seconds = interleave(calls, rounds)
-    case = f"{B} x {S} tokens, float32"
-    rows = [
-        row("training step / transformers", case, ratios(seconds["ours"], seconds["transformers"]), SHAPES[B, S]),
-        row("training step / dense products", case, ratios(seconds["ours"], seconds["floor"])),
-    ]
+    seconds = interleave(calls, rounds, warm=3)
+    rows = []
+    for backend in ("blocks", "compiled", "experts at the limit"):
+        case = f"{B} x {S} tokens, float32, {backend}"
+        target = None if backend == "experts at the limit" else SHAPES[B, S]
+        rows += [
+            row("training step / transformers", case, ratios(seconds[backend], seconds["transformers"]), target),
+            row("training step / dense products", case, ratios(seconds[backend], seconds["floor"])),
+        ]
     if with_pruned:
+        case = f"{B} x {S} tokens, float32, blocks"
         against = ratios(seconds["pruned"], seconds["transformers pruned"])
         rows.append(row("training step / transformers", f"{case}, {n} of {E} experts", against, SHAPES[B, S]))
-        less = ratios(seconds["pruned"], seconds["ours"])
+        less = ratios(seconds["pruned"], seconds["blocks"])
         rows.append(row(f"training step with {n} of {E} experts / with all", case, less))
     return rows
 

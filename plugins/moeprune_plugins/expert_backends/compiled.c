@@ -93,10 +93,3 @@ void take_rows(char *out, const char *x, const i64 *at, i64 n, i64 bytes, i64 th
     _Pragma("omp parallel for num_threads((int)threads) if(threads > 1)")
     for (i64 i = 0; i < n; i++) memcpy(out + bytes * i, x + bytes * at[i], bytes);
 }
-
-/* one number of each cache line, in order */
-float touch(const float *x, i64 n) {
-    float a = 0, b = 0, c = 0, d = 0;
-    for (i64 i = 0; i + 64 <= n; i += 64) a += x[i], b += x[i + 16], c += x[i + 32], d += x[i + 48];
-    return a + b + c + d;
-}

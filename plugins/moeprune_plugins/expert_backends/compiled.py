@@ -109,15 +109,6 @@ class Compiled(Between):
         else:
             super().swiglu_backward(gate_up, dh, w, h, d_gate_up, dw)
 
-    def touch(self, matrix: Tensor) -> None:
-        """See `Between.touch`."""
-        if _plain(matrix) or _plain(matrix.t()):
-            self._run("touch", matrix, matrix.numel() * matrix.element_size() // 4)
-        else:
-            super().touch(matrix)
-
-    claim = touch
-
 
 def _plain(*tensors: Tensor) -> bool:
     """Whether the kernels can read all of these."""
