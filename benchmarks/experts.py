@@ -18,7 +18,7 @@ with glibc's own thresholds every large temporary costs page faults, of which th
 Backends: `blocks` (the default, pure torch), which the targets for float32 are for; `compiled` (needs a C compiler), which those for
 bfloat16 are for; `grouped_mm`; `recompute`.
 
---quick: 2 minutes. Otherwise about 8.
+--quick: 2 minutes. Otherwise about 20: transformers' eager backend is slow.
 """
 
 from __future__ import annotations
@@ -290,7 +290,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if options.allocator == "kept":
         keep_freed_memory()
-    rounds = options.rounds or (5 if options.quick else 21)
+    rounds = options.rounds or (7 if options.quick else 21)
     only = options.only.split(",")
     rows = []
     if "memory" in only:
