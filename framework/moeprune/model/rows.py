@@ -16,7 +16,7 @@ class Rows(NamedTuple):
 
     choice: Tensor  # [S] int64, t K + k
     padding: Tensor | None  # [S] bool: rows that only fill up an expert's; None where there are none
-    blocks: list[tuple[int, int, list[int], list[int]]]  # see `_blocks`
+    blocks: list[tuple[int, int, list[int], list[int]]]  # see `cut`
     longest: int  # rows of the longest block
 
 
