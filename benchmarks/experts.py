@@ -1,6 +1,6 @@
 """The expert layer, forward and backward, against its floor and against transformers, in one process.
 
-    python benchmarks/experts.py [--quick] [--json PATH] [--only A,B,C,experts,memory] [--rounds N] [--allocator kept|glibc]
+    python benchmarks/experts.py [--quick] [--json PATH] [--only A,B,C,experts,memory,ahead] [--rounds N] [--allocator kept|glibc]
 
 Floor: dense matrix products of the same FLOPs into memory that is there: 6 T K D F FLOP forward, 12 T K D F
 backward; at A 9.7, B 154.6, C 9.7 GFLOP. Not in the floor, and not to be avoided: weights are read twice and their gradients written
@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
 
 import torch
-from bench import Row, arguments, ratios, report, row
+from bench import Row, arguments, interleave, ratios, report, row
 from torch import Tensor
 from torch.profiler import profile
 
@@ -229,6 +229,31 @@ def numbers_of_experts(rounds: int, quick: bool) -> list[Row]:
     return rows
 
 
+def reading_ahead(rounds: int) -> list[Row]:
+    """Products of 32 rows with 192 matrices of 512 KB, in turn from memory, read in order just before, and one matrix in cache."""
+    T, D, width, E, layers = 32, SIZES["A"][1], 2 * SIZES["A"][2], 32, 6
+    matrices = [each for _ in range(layers) for each in torch.randn(E, width, D).unbind(0)]
+    x, y = torch.randn(T, D), torch.empty(T, width)
+
+    def products(of: Sequence[Tensor], ahead: bool) -> None:
+        for matrix in of:
+            if ahead:
+                torch.sum(matrix)
+            torch.mm(x, matrix.t(), out=y)
+
+    calls = {
+        "from memory": lambda: products(matrices, False),
+        "read ahead": lambda: products(matrices, True),
+        "in cache": lambda: products(matrices[:1] * len(matrices), False),
+    }
+    seconds = interleave(calls, rounds, warm=3)
+    case = f"{len(matrices)} products of {T} x {D} x {width}, float32"
+    return [
+        row(f"{how} / from memory", case, ratios(seconds[how], seconds["from memory"]))
+        for how in ("read ahead", "in cache")
+    ]
+
+
 def _peak(found: profile) -> tuple[int, int]:
     """Highest sum of the bytes allocated and freed in the order of time, and the last."""
     changes = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
@@ -283,7 +308,7 @@ def memory(names: Sequence[str]) -> list[Row]:
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--only", default="A,B,C,experts,memory", help="parts, with commas")
+    parser.add_argument("--only", default="A,B,C,experts,memory,ahead", help="parts, with commas")
     parser.add_argument("--rounds", type=int, help="of the sizes A and C; B runs a third of them")
     parser.add_argument("--allocator", choices=("kept", "glibc"), default="kept")
     options = parser.parse_args()
@@ -301,6 +326,8 @@ def main() -> None:
                 rows += of_size(name, dtype_name, rounds, list(LOADS), options.quick)
     if "experts" in only:
         rows += numbers_of_experts(max(5, rounds // 2), options.quick)
+    if "ahead" in only:
+        rows += reading_ahead(5 * rounds)
     if "B" in only:
         loads = ["uniform"] if options.quick else list(LOADS)
         rows += of_size("B", "float32", max(3, rounds // 3), loads, options.quick)

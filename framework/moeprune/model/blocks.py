@@ -48,24 +48,27 @@ class Between:
     """What is done between the products, row by row, in at least float32: n rows of a block, w [n, 1] their combine weights."""
 
     def take(self, x: Tensor, rows: Tensor, out: Tensor) -> None:
-        """Out [n, D] = x[rows]."""
+        """Write x[rows] into out [n, D]."""
         torch.index_select(x, 0, rows, out=out)
 
     def add(self, total: Tensor, rows: Tensor, values: Tensor) -> None:
         """total[rows] += values [n, D], in the order of the rows."""
         total.index_add_(0, rows, _wide("wide_y", values, total.dtype))
 
-    def swiglu(self, gate_up: Tensor, w: Tensor, h: Tensor) -> None:
-        """H [n, F] = silu(gate) up w, from [n, 2 F]."""
-        gate, up = _wide("wide_gate_up", gate_up, w.dtype).chunk(2, 1)
-        product = h if h.dtype == w.dtype else scratch("wide_h", len(h), h.shape[1], h, w.dtype)
+    def swiglu(self, gate_up: Tensor, w: Tensor | None, h: Tensor) -> None:
+        """Write h [n, F] = silu(gate) up w, from [n, 2 F]; without w where it is None."""
+        wide = torch.promote_types(h.dtype, torch.float32)
+        gate, up = _wide("wide_gate_up", gate_up, wide).chunk(2, 1)
+        product = h if h.dtype == wide else scratch("wide_h", len(h), h.shape[1], h, wide)
         torch.ops.aten.silu.out(gate, out=product)
-        product.mul_(up).mul_(w)
+        product.mul_(up)
+        if w is not None:
+            product.mul_(w)
         if product is not h:
             h.copy_(product)
 
     def swiglu_backward(self, gate_up: Tensor, dh: Tensor, w: Tensor, h: Tensor, d_gate_up: Tensor, dw: Tensor) -> None:
-        """H as above, and the gradients of gate/up [n, 2 F] and w [n, 1], from that of h / w."""
+        """Write h as above, and the gradients of gate/up [n, 2 F] and w [n, 1], from that of h / w."""
         n, width = h.shape
         same = h.dtype == w.dtype
         gate, up = _wide("wide_gate_up", gate_up, w.dtype).chunk(2, 1)
@@ -235,13 +238,13 @@ def each_swiglu(x: Tensor, indices: Tensor, gate_up: Tensor, down: Tensor) -> Te
     out = x.new_empty(T * K, D)
     widths = {"gate_up": F2, "h": F2 // 2, "dy": D}
     gu_, h_, y_ = (scratch(name, rows.longest, width, x) for name, width in widths.items())
-    one = x.new_ones(1, 1, dtype=torch.promote_types(x.dtype, torch.float32))
     gate_up_t, down_t = gate_up.transpose(1, 2).unbind(0), down.transpose(1, 2).unbind(0)
-    touch_gate_up, touch_down = (_touching(Between(), m) for m in (gate_up, down))
+    between = Between()
+    touch_gate_up, touch_down = (_touching(between, m) for m in (gate_up, down))
     for a, b, experts, sizes in rows.blocks:
         xs, gu, h, y = x.index_select(0, rows.choice[a:b] // K), gu_[: b - a], h_[: b - a], y_[: b - a]
         _products(xs, gate_up_t, gu, experts, sizes, touch_gate_up)
-        Between().swiglu(gu, one, h)
+        between.swiglu(gu, None, h)
         _products(h, down_t, y, experts, sizes, touch_down)
         out.index_copy_(0, rows.choice[a:b], y)  # a row that pads repeats the one before it
     return out.view(T, K, D)

@@ -94,9 +94,9 @@ class Compiled(Between):
         else:
             super().add(total, rows, values)
 
-    def swiglu(self, gate_up: Tensor, w: Tensor, h: Tensor) -> None:
+    def swiglu(self, gate_up: Tensor, w: Tensor | None, h: Tensor) -> None:
         """See `Between.swiglu`."""
-        if _plain(gate_up, w, h):
+        if w is not None and _plain(gate_up, w, h):
             self._run(f"swiglu_{SUFFIXES[h.dtype]}", gate_up, w, h, *h.shape, torch.get_num_threads())
         else:
             super().swiglu(gate_up, w, h)
